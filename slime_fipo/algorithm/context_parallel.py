@@ -1,0 +1,122 @@
+"""Exact Future-KL where a response is spread over context-parallel ranks, with one small all-gather.
+
+The layout is the zigzag one of Megatron and slime: of n ranks, rank r holds chunks r and 2n − 1 − r of every
+sequence, end to end; either may hold no response token. What a chunk contributes to everything before it is one
+number, its Future-KL at its first token, so the ranks exchange two sums per response and the count that the sequence
+filter needs, whatever the length. Nothing here knows how a host cuts its sequences; it passes the chunks' lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .packed import check_tokens, per_response_sum, per_token, to_device
+from .scan import solve_recurrence
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """How the responses of a micro-batch are spread over a context-parallel group of n ranks.
+
+    Args:
+        group: the process group; every one of its ranks must make the same calls.
+        chunk_lengths: [B][2n] response tokens in each chunk of each sequence, in sequence order, the same on all ranks.
+        response_loss_mask: the loss mask of whole responses [sum of chunk_lengths], packed; read only with
+            ``decay_over="trained_tokens"``, which needs to know how many trained tokens other ranks hold.
+    """
+
+    group: dist.ProcessGroup
+    chunk_lengths: Sequence[Sequence[int]]
+    response_loss_mask: Tensor | None = None
+
+    def check(self, lengths: Tensor, trained_tokens: bool) -> Tensor:
+        """``chunk_lengths`` as an int64 CPU tensor [B, 2n], once it agrees with this rank's ``lengths`` [B].
+
+        Raises:
+            ValueError: shape, sums or a missing ``response_loss_mask``.
+        """
+        chunks = torch.as_tensor(self.chunk_lengths, dtype=torch.int64, device="cpu").reshape(lengths.numel(), -1)
+        wanted = (lengths.numel(), 2 * self.group.size())
+        if lengths.numel() and tuple(chunks.shape) != wanted:
+            raise ValueError(
+                f"cp.chunk_lengths has shape {tuple(chunks.shape)}; it must be {wanted}: [B][2 · group size]"
+            )
+        chunks = chunks.reshape(wanted)
+        if not torch.equal(self._own(chunks).sum(1), lengths):
+            raise ValueError(
+                f"lengths must be this rank's tokens per response, chunks {self._own_chunks()} of cp.chunk_lengths:"
+                f" {self._own(chunks).sum(1).tolist()}; it is {lengths.tolist()}"
+            )
+        if trained_tokens:
+            name = "cp.response_loss_mask (which decay_over='trained_tokens' needs)"
+            check_tokens(name, self.response_loss_mask, floating=False)
+            if self.response_loss_mask.numel() != int(chunks.sum()):
+                raise ValueError(
+                    f"{name} has {self.response_loss_mask.numel()} tokens; whole responses have {int(chunks.sum())}"
+                )
+        return chunks
+
+    def _own_chunks(self) -> list[int]:
+        rank, size = self.group.rank(), self.group.size()
+        return [rank, 2 * size - 1 - rank]
+
+    def _own(self, chunks: Tensor) -> Tensor:
+        return chunks[:, self._own_chunks()]
+
+    def segments(self, chunks: Tensor) -> Tensor:
+        """Lengths of this rank's 2B chunks in packed order, int64 [2B]."""
+        return self._own(chunks).flatten()
+
+    def carry(
+        self, local: Tensor, counts: Tensor, chunks: Tensor, decay_rate: float, trained: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add to each token what later chunks contribute, and sum counts over the group. Calls one collective.
+
+        Args:
+            local: Future-KL [T] of this rank's tokens within their chunks alone.
+            counts: per-response counts of this rank [B].
+            chunks: what :meth:`check` returned.
+            decay_rate: τ.
+            trained: this rank's trained tokens [T] if only they count as distance, else None.
+
+        Returns:
+            Future-KL [T] over whole responses, and the counts' sums over the group [B].
+        """
+        segments = self.segments(chunks)
+        ends = segments.cumsum(0)
+        log2_decay = -1.0 / decay_rate
+
+        # From every rank [B, 3]: Future-KL at the first token of its two chunks (0 if empty), and its count.
+        padded = torch.cat([local, local.new_zeros(1)])
+        first = torch.where(segments > 0, ends - segments, local.numel())
+        heads = padded[to_device(first, local.device)].view(-1, 2)
+        packet = torch.cat([heads, counts.to(local.dtype)[:, None]], dim=1)
+        gathered = packet.new_empty(self.group.size() * packet.shape[0], 3)
+        dist.all_gather_into_tensor(gathered, packet, group=self.group)
+        early, late, all_counts = gathered.view(self.group.size(), -1, 3).unbind(2)
+
+        # The chunks' heads obey the tokens' own recurrence, with a chunk's length as its distance.
+        head = torch.cat([early, late.flip(0)]).t().reshape(-1)  # [B · 2n] in sequence order
+        if trained is None:
+            distance = to_device(chunks.flatten(), local.device).to(local.dtype)
+        else:
+            distance = per_response_sum(self.response_loss_mask != 0, chunks.flatten()).to(local.dtype)
+        distance = distance.view(-1, chunks.shape[1])
+        distance[:, -1] = math.inf
+        if head.numel():
+            head = solve_recurrence(head, distance.flatten(), log2_decay)
+        behind = torch.cat([head.view(-1, chunks.shape[1])[:, 1:], head.new_zeros(chunks.shape[0], 1)], dim=1)
+
+        # From a token to the first token of the next chunk: the tokens of [t, end of chunk) that count.
+        counted = torch.ones_like(local, dtype=torch.int32) if trained is None else trained.to(torch.int32)
+        until = counted.cumsum(0, dtype=torch.int32)
+        at_end = torch.cat([until, until.new_zeros(1)])[to_device(ends - 1, local.device)]
+        remaining = per_token(at_end, segments) - until + counted
+        decay = torch.exp2(remaining.to(local.dtype) * log2_decay)
+        return torch.addcmul(local, decay, per_token(self._own(behind).flatten(), segments)), all_counts.sum(0)
