@@ -153,11 +153,9 @@ def fipo_config_from_args(args: argparse.Namespace) -> FipoConfig:
 
     if not config.clip_influence:
         # Only flags that the user typed can contradict; a preset's clip range simply gives way to the unclipped mode.
-        contradicting = [f for f in ("clip_ratio_low", "clip_ratio_high", "clip_high_only") if given.get(f)]
-        if contradicting:
-            raise ValueError(
-                f"--fipo-unclipped bounds the weights to [0, 10] and would ignore {_flag_of(contradicting[0])}; drop one"
-            )
+        idle = [_flag_of(f) for f in ("clip_ratio_low", "clip_ratio_high", "clip_high_only") if given.get(f)]
+        if idle:
+            raise ValueError(f"--fipo-unclipped bounds the weights to [0, 10] and {idle[0]} would do nothing; drop one")
     eps_clip_high = getattr(args, "eps_clip_high", None)
     if eps_clip_high is None:
         eps_clip_high = getattr(args, "eps_clip", None)

@@ -1,0 +1,49 @@
+# Every target sets itself up: a virtual environment in $(VENV), filled once and again when pyproject.toml changes.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# The torch build: any pip requirement, with pip options if you like (a CUDA build, an index, a wheel file).
+TORCH ?= torch==2.13.0
+# Passed on to pytest, e.g. make test ARGS="-k golden"
+ARGS ?=
+
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help demo compare test test-slime test-cluster bench bench-gpu lint clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.installed-local ## train a small model with FIPO on this machine (about 4 minutes, CPU)
+	$(BIN)/slime-fipo local --save runs/demo $(ARGS)
+
+compare: $(VENV)/.installed-local ## DAPO against FIPO, several seeds (about half an hour, CPU)
+	$(BIN)/slime-fipo compare $(ARGS)
+
+test: $(VENV)/.installed-dev ## all tests that need neither a cluster nor a GPU
+	$(BIN)/python -m pytest -m "not cluster" $(ARGS)
+
+bench: $(VENV)/.installed-dev ## the README's figures on cost, on a CPU
+	$(BIN)/python -m benchmarks.bench
+
+bench-gpu: $(VENV)/.installed-dev ## cost on a CUDA device
+	$(BIN)/python -m benchmarks.gpu
+
+lint: $(VENV)/.installed-dev ## ruff, as pre-commit runs it
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean: ## remove the virtual environment; runs/ stays
+	rm -rf -- "$(VENV)"
+
+# torch first and alone, so that nothing that depends on it chooses another build.
+$(VENV)/.installed-torch:
+	$(PYTHON) -m venv "$(VENV)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.installed-torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+.PRECIOUS: $(VENV)/.installed-torch $(VENV)/.installed-%

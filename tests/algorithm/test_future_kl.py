@@ -1,0 +1,160 @@
+"""Every implementation of Future-KL against the float64 recurrence, over lengths, half-lives and masks."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slime_fipo import future_kl
+
+from . import oracle
+
+IMPLS = ("chunked", "scan")
+BLOCK_EDGES = (0, 1, 2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+DECAY_RATES = (0.5, 0.7, 1.0, 8.0, 32.0, 256.0, 4096.0)
+
+
+def make_shift(seed, lengths, spikes=0, hole_share=0.0, sigma=0.05):
+    rng = np.random.default_rng(seed)
+    total = sum(lengths)
+    shift = rng.normal(0, sigma, total)
+    if total and spikes:
+        shift[rng.integers(0, total, spikes)] = rng.choice([-20.0, 20.0], spikes)
+    mask = rng.random(total) >= hole_share
+    return (shift * mask).astype(np.float32), mask
+
+
+def worst_error(result, expected):
+    return np.abs(result.double().numpy() - expected).max(initial=0) / max(1e-3, np.abs(expected).max(initial=0))
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.one_of(st.sampled_from(BLOCK_EDGES), st.integers(0, 400)), max_size=8),
+    decay_rate=st.one_of(st.sampled_from(DECAY_RATES), st.floats(0.5, 4096)),
+    spikes=st.integers(0, 5),
+    hole_share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    trained_only=st.booleans(),
+    chunk_size=st.sampled_from([1, 7, 64, 128]),
+)
+def test_both_agree_with_the_recurrence(seed, lengths, decay_rate, spikes, hole_share, trained_only, chunk_size):
+    shift, mask = make_shift(seed, lengths, spikes, hole_share)
+    decay_mask = mask if trained_only else None
+    expected = oracle.future_kl(shift, lengths, decay_rate, decay_mask)
+    for impl in IMPLS:
+        result = future_kl(
+            torch.from_numpy(shift),
+            lengths,
+            decay_rate,
+            decay_mask=None if decay_mask is None else torch.from_numpy(decay_mask),
+            impl=impl,
+            chunk_size=chunk_size,
+        )
+        assert result.dtype == torch.float32 and result.shape == (sum(lengths),)
+        assert worst_error(result, expected) <= 1e-5, impl
+
+
+@pytest.mark.parametrize("decay_rate", [0.5, 32.0, 4096.0])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_long_responses(impl, decay_rate):
+    lengths = [20480, 1, 0, 5000, 20480] if impl == "scan" else [20480, 1, 0, 777]
+    shift, _ = make_shift(7, lengths, spikes=20)
+    expected = oracle.future_kl(shift, lengths, decay_rate)
+    result = future_kl(torch.from_numpy(shift), lengths, decay_rate, impl=impl, chunk_size=512)
+    assert worst_error(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_float64_stays_float64(impl):
+    lengths = [300, 0, 129]
+    shift = np.random.default_rng(0).normal(0, 1, 429)
+    result = future_kl(torch.from_numpy(shift), lengths, 100.0, impl=impl)
+    assert result.dtype == torch.float64
+    assert worst_error(result, oracle.future_kl(shift, lengths, 100.0)) <= 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_half_precision_is_computed_in_float32(impl, dtype):
+    shift = (torch.randn(500, generator=torch.Generator().manual_seed(0)) * 0.05).to(dtype)
+    result = future_kl(shift, [200, 300], 64.0, impl=impl)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, future_kl(shift.float(), [200, 300], 64.0, impl=impl), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_non_finite_shift_counts_as_zero(impl, bad):
+    shift = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    spoiled, zeroed = shift.clone(), shift.clone()
+    spoiled[40], zeroed[40] = bad, 0
+    torch.testing.assert_close(
+        future_kl(spoiled, [30, 34], 8.0, impl=impl), future_kl(zeroed, [30, 34], 8.0, impl=impl), rtol=0, atol=0
+    )
+
+
+def test_responses_do_not_touch_each_other():
+    """Bit for bit: what stands beside a response in the batch makes no difference to it."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = [77, 1, 130, 64]
+    parts = [torch.randn(n, generator=generator) for n in lengths]
+    quiet = future_kl(torch.cat(parts), lengths, 16.0)
+    parts[1], parts[3] = parts[1] * 1e30, parts[3] * 1e30
+    loud = future_kl(torch.cat(parts), lengths, 16.0)
+    for start, stop in ((0, 77), (78, 208)):
+        assert torch.equal(quiet[start:stop], loud[start:stop])
+
+
+def test_a_tool_result_costs_no_distance_over_trained_tokens():
+    """Cutting the masked tokens out altogether gives the same Future-KL on the trained ones."""
+    shift, mask = make_shift(3, [2500], hole_share=0.0)
+    mask[200:2200] = False
+    shift[~mask] = 0
+    mask, shift = torch.from_numpy(mask), torch.from_numpy(shift)
+    for impl in IMPLS:
+        kept = future_kl(shift, [2500], 32.0, decay_mask=mask, impl=impl)[mask]
+        cut = future_kl(shift[mask], [500], 32.0, impl=impl)
+        torch.testing.assert_close(kept, cut, rtol=1e-5, atol=1e-6)
+        erased = future_kl(shift, [2500], 32.0, impl=impl)[mask]
+        assert (erased - cut).abs().max() > 1e-2, "by position the 2,000 tokens do erase it"
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_tokens(impl, lengths):
+    assert future_kl(torch.empty(0), lengths, 32.0, impl=impl).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"shift": [0.1, 0.2]}, "shift is a list"),
+        ({"shift": torch.zeros(2, 2)}, r"shift has shape \(2, 2\).*1-D"),
+        ({"shift": torch.zeros(4, dtype=torch.int64)}, "shift has dtype torch.int64"),
+        ({"lengths": [1, 2]}, "lengths add up to 3; they must add up to 4"),
+        ({"lengths": [5, -1]}, "lengths holds -1"),
+        ({"lengths": [2.0, 2.0]}, "lengths holds torch.float32"),
+        ({"lengths": 4}, "lengths is a int"),
+        ({"lengths": [[2], [2]]}, "lengths has shape"),
+        ({"decay_rate": 0.0}, "decay_rate is 0.0"),
+        ({"decay_rate": float("nan")}, "decay_rate is nan"),
+        ({"decay_rate": float("inf")}, "decay_rate is inf"),
+        ({"decay_rate": "32"}, "decay_rate is '32'"),
+        ({"decay_mask": torch.ones(3)}, "decay_mask has 3 tokens; it must have 4"),
+        ({"decay_mask": [1, 1, 1, 1]}, "decay_mask is a list"),
+        ({"impl": "fast"}, "impl is 'fast'; it must be one of 'auto'"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+    ],
+)
+def test_errors_name_the_argument(kwargs, message):
+    arguments = {"shift": torch.zeros(4), "lengths": [1, 3], "decay_rate": 32.0} | kwargs
+    with pytest.raises(ValueError, match=message):
+        future_kl(arguments.pop("shift"), arguments.pop("lengths"), arguments.pop("decay_rate"), **arguments)
+
+
+@pytest.mark.parametrize("kind", [tuple, torch.tensor, np.array], ids=["tuple", "tensor", "numpy"])
+def test_lengths_may_be_any_integer_sequence(kind):
+    shift = torch.ones(4)
+    assert torch.equal(future_kl(shift, kind([1, 3]), 4.0), future_kl(shift, [1, 3], 4.0))
