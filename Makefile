@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 
 BIN := $(VENV)/bin
+# Another TORCH is another stamp, so that it gets installed.
+TORCH_STAMP := $(VENV)/.installed-torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: help demo compare test test-slime test-cluster bench bench-gpu lint clean
@@ -37,13 +39,13 @@ clean: ## remove the virtual environment; runs/ stays
 	rm -rf -- "$(VENV)"
 
 # torch first and alone, so that nothing that depends on it chooses another build.
-$(VENV)/.installed-torch:
+$(TORCH_STAMP):
 	$(PYTHON) -m venv "$(VENV)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	touch $@
 
-$(VENV)/.installed-%: pyproject.toml $(VENV)/.installed-torch
+$(VENV)/.installed-%: pyproject.toml $(TORCH_STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
 
-.PRECIOUS: $(VENV)/.installed-torch $(VENV)/.installed-%
+.PRECIOUS: $(TORCH_STAMP) $(VENV)/.installed-%
