@@ -142,7 +142,7 @@ def _checked(values: tuple) -> FipoConfig:
 
 def shift_is_apart(args: argparse.Namespace) -> bool:
     """Whether Future-KL takes Megatron's old log-probs while slime's ratio takes SGLang's."""
-    return args.fipo_shift_from == "train" and bool(args.use_rollout_logprobs)
+    return getattr(args, "fipo_shift_from", None) == "train" and bool(args.use_rollout_logprobs)
 
 
 def _check_steps_per_rollout(args: argparse.Namespace) -> None:
