@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from ..algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args, fipo_dests
+from ..recipes.arguments import RECIPE_DESTS, add_recipe_arguments
 
 LOSS_PATH = "slime_fipo.plugin.loss.fipo_loss_function"
 HOOK_PATH = "slime_fipo.plugin.loss.before_train_step_hook"
@@ -243,7 +244,7 @@ def extend_slime_arguments(module: ModuleType) -> None:
     @functools.wraps(get_provider)
     def get_extended_provider(*args, **kwargs):
         add_slime_arguments = get_provider(*args, **kwargs)
-        return lambda parser: add_arguments(add_slime_arguments(parser))
+        return lambda parser: add_recipe_arguments(add_arguments(add_slime_arguments(parser)))
 
     @functools.wraps(parse_args)
     def parse_args_with_fipo(*args, **kwargs):
@@ -261,6 +262,9 @@ def extend_slime_arguments(module: ModuleType) -> None:
 
 def _finish(args: argparse.Namespace) -> None:
     _check_command_line(args)
+    for name in RECIPE_DESTS:  # flags that were not given leave no trace
+        if getattr(args, name, None) is None:
+            vars(args).pop(name, None)
     if args.loss_type != "fipo_loss":
         for name in _DESTS:  # what --custom-config-path set for the route through custom_loss stays
             if getattr(args, name, None) is None:

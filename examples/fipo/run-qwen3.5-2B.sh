@@ -1,0 +1,30 @@
+#!/bin/bash
+# FIPO on Qwen3.5-2B-Base, one node of 8×80 GB.
+# LOSS=policy_loss runs the DAPO baseline. Every variable: common.sh. DRY_RUN=1 prints the command.
+set -euo pipefail
+SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+
+MODEL="${MODEL:-Qwen3.5-2B-Base}"
+
+# TP 2 for the logits, not the weights: 12,288 × 248k × 4 bytes × 3 / 2 = 18 GB beside 2 B × (6 / 2 + 12 / 8) = 9 GB.
+# No more than 2, since there are 2 key-value heads. SGLang: one GPU per engine.
+TP="${TP:-2}"
+CP="${CP:-1}"
+ROLLOUT_GPUS_PER_ENGINE="${ROLLOUT_GPUS_PER_ENGINE:-1}"
+MAX_TOKENS_PER_GPU="${MAX_TOKENS_PER_GPU:-12288}"
+
+# The settings published with slime's FIPO pull request for 2B and 4B base models, on 8 GPUs.
+FIPO_ARGS=(
+   --fipo-decay-rate 32.0
+   --fipo-clip-ratio-low 0.2
+   --fipo-clip-ratio-high 0.28
+   --fipo-safety-thresh 3.0
+   --fipo-dual-clip-c 10.0
+)
+
+# shellcheck source=scripts/models/qwen3.5-2B.sh
+source "${SCRIPT_DIR}/../../scripts/models/qwen3.5-2B.sh"
+MODEL_ARGS+=(--no-rope-fusion)  # only a part of each head is rotated, which the fused kernel does not do
+# shellcheck source=examples/fipo/common.sh
+source "${SCRIPT_DIR}/common.sh"
+launch "$@"
