@@ -21,6 +21,6 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         " (default: no penalty)",
     )
     group.add_argument(
-        "--overlong-penalty-factor", type=float, default=1.0, help="full size of the penalty (default: 1)"
+        "--overlong-penalty-factor", type=float, default=None, help="full size of the penalty (default: 1)"
     )
     return parser
