@@ -11,7 +11,7 @@ import numbers
 from dataclasses import dataclass, fields, replace
 
 DECAY_OVER = ("positions", "trained_tokens")
-IMPLEMENTATIONS = ("auto", "chunked", "scan")
+IMPLEMENTATIONS = ("auto", "chunked", "scan", "triton")
 
 # Bounds of the authors' unclipped mode, and of the safety cap on negative samples (their released loss function).
 UNCLIPPED_BOUNDS = (0.0, 10.0)
@@ -35,7 +35,8 @@ class FipoConfig:
             is dropped. None turns this sequence filter off alone.
         decay_over: what counts as distance: ``positions`` (the paper: masked tool tokens included) or
             ``trained_tokens`` (unmasked tokens only, so a long tool result does not erase influence across it).
-        impl: how Future-KL is computed: ``chunked`` (the paper's matrix form), ``scan`` (linear time), or ``auto``.
+        impl: how Future-KL is computed: ``chunked`` (the paper's matrix form), ``scan`` (linear time), ``triton`` (one
+            fused GPU kernel, in float32), or ``auto`` (``triton`` for what is on a GPU, else ``scan``).
         chunk_size: columns per matrix product of ``chunked``; the result does not depend on it.
 
     Raises:

@@ -76,7 +76,7 @@ class ContextParallel:
     def carry(
         self, local: Tensor, counts: Tensor, chunks: Tensor, decay_rate: float, trained: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Add to each token what later chunks contribute, and sum counts over the group. Calls one collective.
+        """Add to each token what later chunks contribute, and sum counts over the group. Calls :meth:`exchange`.
 
         Args:
             local: Future-KL [T] of this rank's tokens within their chunks alone.
@@ -90,33 +90,47 @@ class ContextParallel:
         """
         segments = self.segments(chunks)
         ends = segments.cumsum(0)
-        log2_decay = -1.0 / decay_rate
-
-        # From every rank [B, 3]: Future-KL at the first token of its two chunks (0 if empty), and its count.
         padded = torch.cat([local, local.new_zeros(1)])
         first = torch.where(segments > 0, ends - segments, local.numel())
-        heads = padded[to_device(first, local.device)].view(-1, 2)
-        packet = torch.cat([heads, counts.to(local.dtype)[:, None]], dim=1)
-        gathered = packet.new_empty(self.group.size() * packet.shape[0], 3)
-        dist.all_gather_into_tensor(gathered, packet, group=self.group)
-        early, late, all_counts = gathered.view(self.group.size(), -1, 3).unbind(2)
-
-        # The chunks' heads obey the tokens' own recurrence, with a chunk's length as its distance.
-        head = torch.cat([early, late.flip(0)]).t().reshape(-1)  # [B · 2n] in sequence order
-        if trained is None:
-            distance = to_device(chunks.flatten(), local.device).to(local.dtype)
-        else:
-            distance = per_response_sum(self.response_loss_mask != 0, chunks.flatten()).to(local.dtype)
-        distance = distance.view(-1, chunks.shape[1])
-        distance[:, -1] = math.inf
-        if head.numel():
-            head = solve_recurrence(head, distance.flatten(), log2_decay)
-        behind = torch.cat([head.view(-1, chunks.shape[1])[:, 1:], head.new_zeros(chunks.shape[0], 1)], dim=1)
+        heads = padded[to_device(first, local.device)]  # 0 if empty
+        behind, all_counts = self.exchange(heads, counts, chunks, decay_rate, trained is not None)
 
         # From a token to the first token of the next chunk: the tokens of [t, end of chunk) that count.
         counted = torch.ones_like(local, dtype=torch.int32) if trained is None else trained.to(torch.int32)
         until = counted.cumsum(0, dtype=torch.int32)
         at_end = torch.cat([until, until.new_zeros(1)])[to_device(ends - 1, local.device)]
         remaining = per_token(at_end, segments) - until + counted
-        decay = torch.exp2(remaining.to(local.dtype) * log2_decay)
-        return torch.addcmul(local, decay, per_token(self._own(behind).flatten(), segments)), all_counts.sum(0)
+        decay = torch.exp2(remaining.to(local.dtype) * (-1.0 / decay_rate))
+        return torch.addcmul(local, decay, per_token(behind, segments)), all_counts
+
+    def exchange(
+        self, heads: Tensor, counts: Tensor, chunks: Tensor, decay_rate: float, trained_tokens: bool
+    ) -> tuple[Tensor, Tensor]:
+        """From the chunks' own sums to what follows each of them: one all-gather of three floats per response.
+
+        Args:
+            heads: Future-KL at the first token of each of this rank's chunks, within the chunk alone, 0 if empty [2B].
+            counts, chunks, decay_rate: as for :meth:`carry`.
+            trained_tokens: only trained tokens count as distance.
+
+        Returns:
+            Future-KL at the first token behind each of this rank's chunks [2B], and the counts' sums over the group
+            [B], both in the dtype of ``heads``.
+        """
+        packet = torch.cat([heads.view(-1, 2), counts.to(heads.dtype)[:, None]], dim=1)
+        gathered = packet.new_empty(self.group.size() * packet.shape[0], 3)
+        dist.all_gather_into_tensor(gathered, packet, group=self.group)
+        early, late, all_counts = gathered.view(self.group.size(), -1, 3).unbind(2)
+
+        # The chunks' heads obey the tokens' own recurrence, with a chunk's length as its distance.
+        head = torch.cat([early, late.flip(0)]).t().reshape(-1)  # [B · 2n] in sequence order
+        if trained_tokens:
+            distance = per_response_sum(self.response_loss_mask != 0, chunks.flatten()).to(head.dtype)
+        else:
+            distance = to_device(chunks.flatten(), head.device).to(head.dtype)
+        distance = distance.view(-1, chunks.shape[1])
+        distance[:, -1] = math.inf
+        if head.numel():
+            head = solve_recurrence(head, distance.flatten(), -1.0 / decay_rate)
+        behind = torch.cat([head.view(-1, chunks.shape[1])[:, 1:], head.new_zeros(chunks.shape[0], 1)], dim=1)
+        return self._own(behind).flatten(), all_counts.sum(0)

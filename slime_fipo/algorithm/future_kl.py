@@ -5,14 +5,15 @@
 - ``chunked_future_kl``: the paper's Listing 1, a matrix product per chunk of columns on padded batches. O(B·L²).
   The readable reference.
 - ``scan_future_kl`` (``scan.py``): the recurrence F_t = x_t + γ F_{t+1} by pairwise reduction. O(tokens).
-
-A GPU kernel would be a third file beside ``scan.py``, chosen here by ``auto`` for CUDA tensors.
+- ``kernel_future_kl`` (``kernel.py``): the recurrence in Triton, blocks of each response in parallel. O(tokens).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -43,11 +44,12 @@ def future_kl(
         lengths: response lengths, B integers ≥ 0 that add up to T.
         decay_rate: τ > 0, the half-life in tokens.
         decay_mask: [T], non-zero where a token counts as distance; all tokens do by default.
-        impl: ``"chunked"``, ``"scan"``, or ``"auto"`` (``"scan"``).
+        impl: ``"chunked"``, ``"scan"``, ``"triton"``, or ``"auto"``: ``"triton"`` for CUDA tensors where Triton is
+            installed (not for float64), else ``"scan"``.
         chunk_size: columns per matrix product of ``"chunked"``; the result does not depend on it.
 
     Returns:
-        F [T], detached; float64 for float64 shifts, else float32.
+        F [T], detached; float64 for float64 shifts unless by ``"triton"``, else float32.
 
     Raises:
         ValueError: an argument has the wrong type, shape, device or range; the message names it.
@@ -62,6 +64,9 @@ def future_kl(
         raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    impl = resolve_impl(impl, "shift", shift.device, shift.dtype)
+    if impl == "triton":
+        return triton_kernel().kernel_future_kl(shift, counts, decay_rate, decay_mask)
     shift = shift.to(compute_dtype(shift))
     shift = torch.where(shift.isfinite(), shift, 0)
     return compute_future_kl(shift, counts, decay_rate, decay_mask, impl, chunk_size)
@@ -72,8 +77,38 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+@functools.cache
+def triton_kernel() -> ModuleType | None:
+    """``kernel.py``, imported when first wanted, so that the package works and loads fast without Triton."""
+    try:
+        from . import kernel
+    except ImportError:
+        return None
+    return kernel
+
+
+def resolve_impl(impl: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """``chunked``, ``scan`` or ``triton``: what ``impl`` means for tokens called ``name``, to be computed in ``dtype``.
+
+    Raises:
+        ValueError: ``triton`` was asked for where it cannot run.
+    """
+    if impl == "auto":
+        use_kernel = device.type == "cuda" and dtype != torch.float64 and triton_kernel() is not None
+        return "triton" if use_kernel else "scan"
+    if impl == "triton":
+        if triton_kernel() is None:
+            raise ValueError("impl is 'triton', but Triton is not installed: pip install triton, or choose 'auto'")
+        if device.type != "cuda" and not triton_kernel().INTERPRETED:
+            raise ValueError(
+                f"impl is 'triton', but {name} is on {device}: move it to a GPU, choose 'auto',"
+                " or set TRITON_INTERPRET=1 before Python starts"
+            )
+    return impl
+
+
 def compute_future_kl(shift: Tensor, lengths: Tensor, decay_rate, decay_mask, impl: str, chunk_size: int) -> Tensor:
-    """``future_kl`` on checked arguments: a finite shift [T] in its compute dtype, ``lengths`` an int64 CPU tensor."""
+    """``chunked`` or ``scan`` of a finite shift [T] in its compute dtype; ``lengths`` is an int64 CPU tensor."""
     if shift.numel() == 0:
         return torch.zeros_like(shift)
     if impl == "chunked":

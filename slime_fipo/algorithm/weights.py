@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import SAFETY_BOUNDS, FipoConfig
 from .context_parallel import ContextParallel
-from .future_kl import compute_dtype, compute_future_kl
+from .future_kl import compute_dtype, compute_future_kl, resolve_impl, triton_kernel
 from .packed import check_lengths, check_tokens, per_response_sum, per_token
 
 MAX_SHIFT = 20.0  # Eq. 3: log-ratios beyond ±20 nats are clamped
@@ -38,7 +38,8 @@ METRICS = (
 
 @dataclass(frozen=True)
 class FipoWeights:
-    """What ``fipo_weights`` returns. All tensors are detached, in float32 (float64 for float64 log-probs).
+    """What ``fipo_weights`` returns. All tensors are detached, in float32 (float64 for float64 log-probs, unless by
+    ``impl="triton"``).
 
     Attributes:
         weights: w [T] = f_t · keep_i, to multiply onto the per-token policy loss; 0 on tokens of dropped responses.
@@ -99,8 +100,12 @@ def fipo_weights(
     if unknown:
         raise ValueError(f"metrics holds {sorted(unknown)}; it must hold names out of {', '.join(METRICS)}")
     counts = _check_batch(log_probs, old_log_probs, advantages, loss_mask, lengths, config)
-    dtype = compute_dtype(log_probs, old_log_probs)
     chunks = cp.check(counts, config.decay_over == "trained_tokens") if cp is not None else None
+    dtype = compute_dtype(log_probs, old_log_probs)
+    impl = resolve_impl(config.impl, "log_probs", log_probs.device, dtype)
+    if impl == "triton":  # everything below, fused
+        batch = (log_probs, old_log_probs, advantages, loss_mask, counts)
+        return FipoWeights(*triton_kernel().kernel_weights(*batch, config, cp, chunks, metrics, MAX_SHIFT))
     trained = loss_mask != 0
     negative = advantages < 0
 
@@ -114,7 +119,7 @@ def fipo_weights(
     decay_mask = trained if config.decay_over == "trained_tokens" else None
     segments = counts if cp is None else cp.segments(chunks)
     future = compute_future_kl(
-        torch.where(participates, shift, 0), segments, config.decay_rate, decay_mask, config.impl, config.chunk_size
+        torch.where(participates, shift, 0), segments, config.decay_rate, decay_mask, impl, config.chunk_size
     )
     dual_clipped = per_response_sum(trained & negative & above_c, counts)
     if cp is not None:
