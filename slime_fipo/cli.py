@@ -1,0 +1,58 @@
+"""The ``slime-fipo`` command: one subcommand per part of the package, each imported only when it is called.
+
+Errors of the user's making end with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+app = typer.Typer(
+    name="slime-fipo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="FIPO (Future-KL Influenced Policy Optimization) for slime.",
+)
+
+# The flags of these commands are argparse's: FIPO's argument group has one definition, which also serves slime's parser.
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def local(context: typer.Context) -> None:
+    """Train a small model with FIPO on this machine, without a GPU (--help: every flag)."""
+    from .local import InputError
+
+    try:
+        from .local.engine import main
+    except ModuleNotFoundError as error:
+        _fail(f"slime-fipo local needs the package {error.name}: pip install 'slime-fipo[local]'")
+    try:
+        main(context.args)
+    except InputError as error:
+        _fail(f"slime-fipo local: {error}")
+
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def check(context: typer.Context) -> None:
+    """Say what a train command would do other than expected: slime-fipo check -- THE TRAIN COMMAND'S ARGUMENTS."""
+    from .recipes.check import main
+
+    raise typer.Exit(main(context.args))
+
+
+def _fail(message: str) -> None:
+    print(message, file=sys.stderr)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

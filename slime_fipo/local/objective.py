@@ -1,0 +1,81 @@
+"""The loss of one optimizer step: the seam at which another loss can take the place of ours.
+
+An objective is a function ``(args, batch, logits) -> (loss, metrics)`` over one step's samples, in slime's data
+shapes. The engine calls nothing else between the model's logits and ``loss.backward()``.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from slime_fipo.algorithm import fipo_policy_loss
+
+from .train_data import response_log_probs
+
+
+def reduce_tokens(values: torch.Tensor, loss_masks: list[torch.Tensor], per_token: bool) -> torch.Tensor:
+    """Mean over samples of each sample's mean over its trained tokens, or the mean over all trained tokens.
+
+    Args:
+        values: [T], packed.
+        loss_masks: one [response length] per sample, T elements together.
+        per_token: slime's ``--calculate-per-token-loss``.
+    """
+    lengths = [len(mask) for mask in loss_masks]
+    if per_token:
+        mask = torch.cat(loss_masks)
+        return (values * mask).sum() / mask.sum().clamp_min(1)
+    means = [
+        (part * mask).sum() / mask.sum().clamp_min(1)
+        for part, mask in zip(values.split(lengths), loss_masks, strict=True)
+    ]
+    return torch.stack(means).mean()
+
+
+def policy_objective(
+    args: argparse.Namespace, batch: dict[str, list], logits: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """FIPO's policy loss (``--loss-type policy_loss``: with every weight at 1), reduced as slime reduces it.
+
+    Args:
+        args: ``fipo`` holds the effective settings; the clip range and the reduction are slime's flags.
+        batch: one step's samples.
+        logits: [1, sum of total lengths, vocabulary], packed.
+
+    Returns:
+        The loss to minimise, and detached scalars by name: slime's under ``train/``, FIPO's under ``fipo/``.
+        FIPO's are averaged over trained tokens whatever the loss's own reduction.
+    """
+    log_probs, entropy = response_log_probs(logits, batch, args.rollout_temperature)
+    old_log_probs = torch.cat(batch["rollout_log_probs" if args.use_rollout_logprobs else "log_probs"])
+    advantages, masks = torch.cat(batch["advantages"]), batch["loss_masks"]
+    per_token_loss, fipo = fipo_policy_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        torch.cat(masks),
+        batch["response_lengths"],
+        args.fipo,
+        eps_clip=args.eps_clip,
+        eps_clip_high=args.eps_clip_high,
+    )
+    loss = reduce_tokens(per_token_loss, masks, args.calculate_per_token_loss)
+
+    with torch.no_grad():
+        shift = log_probs - old_log_probs
+        ratio = shift.exp()
+        clipped = torch.where(advantages > 0, ratio > 1 + args.eps_clip_high, ratio < 1 - args.eps_clip)
+        engine_log_probs = log_probs if args.use_rollout_logprobs else old_log_probs
+        per_token = {
+            "train/entropy_loss": entropy,
+            "train/pg_clipfrac": (clipped & (advantages != 0)).float(),
+            "train/ppo_kl": -shift,
+            "train/train_rollout_logprob_abs_diff": (engine_log_probs - torch.cat(batch["rollout_log_probs"])).abs(),
+        }
+        metrics = {
+            name: reduce_tokens(values, masks, args.calculate_per_token_loss) for name, values in per_token.items()
+        }
+        metrics |= {f"fipo/{name}": reduce_tokens(values, masks, True) for name, values in fipo.metrics.items()}
+    return loss, {"train/loss": loss.detach()} | metrics

@@ -1,0 +1,151 @@
+"""The run directory: who may use it, and the files in it that are not checkpoints.
+
+``args.json`` is the configuration, ``metrics.jsonl`` the one source of every number; TensorBoard events and the
+picture are made from it. All files are either appended to and cut back on resumption, or replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from . import InputError
+
+_FILE_FLAGS = ("prompt_data", "eval_prompt_data", "demo_data", "load")  # compared by content, not by path
+
+
+class RunDirectory:
+    """Exclusive use of ``path`` for one configuration, until the process ends.
+
+    Raises:
+        InputError: the directory cannot be written, is in use, or belongs to another configuration.
+    """
+
+    def __init__(self, path: str, args: argparse.Namespace):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.summary_file = self.path / "summary.json"
+        self._tensorboard = None
+        configuration = _configuration(args)
+        try:
+            self._check_configuration(configuration)  # before anything is created
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 -- the lock lasts as long as the process
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._check_configuration(configuration):  # again: another process may have come first
+                self.write_json("args.json", configuration)
+        except BlockingIOError:
+            raise InputError(f"--save {path}: another process is using this run directory") from None
+        except OSError as error:
+            raise InputError(f"--save {path}: cannot be written ({error.strerror}); choose another directory") from None
+
+    def _check_configuration(self, configuration: dict) -> bool:
+        """Whether the directory is this configuration's already; False if it is empty or absent."""
+        file = self.path / "args.json"
+        if not file.exists():
+            if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+                raise InputError(
+                    f"--save {self.path}: not empty and not a run directory (no args.json); choose another"
+                )
+            return False
+        try:
+            existing = json.loads(file.read_text())
+            differing = [
+                "--" + name.replace("_", "-")
+                for part in ("args", "sha256")
+                for name in {**existing[part], **configuration[part]}
+                if existing[part].get(name) != configuration[part].get(name)
+            ]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"--save {self.path}: args.json is damaged; choose another directory") from None
+        if differing:
+            raise InputError(
+                f"--save {self.path}: belongs to a run with another {', '.join(sorted(set(differing)))}; "
+                "use the same or choose another directory"
+            )
+        return True
+
+    def write_json(self, name: str, value) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file as a whole; whoever reads it meanwhile sees the old or the new one."""
+        self.replace(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def replace(self, name: str, write) -> Path:
+        """Let ``write(temporary path)`` write, then rename to ``name``; the suffix of the name is kept."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".tmp-{target.name}")
+        write(temporary)
+        os.replace(temporary, target)
+        return target
+
+    # -- metrics --
+
+    def start_metrics(self, keep_bytes: int) -> None:
+        """Cut ``metrics.jsonl`` back to its first ``keep_bytes`` and make the TensorBoard events anew from what stays.
+
+        Raises:
+            InputError: fewer bytes are there than the checkpoint had seen.
+        """
+        kept = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        if len(kept) < keep_bytes:
+            raise InputError(f"{self.metrics_file} was shortened since its checkpoint; choose another --save")
+        self.replace(self.metrics_file.name, lambda temporary: temporary.write_bytes(kept[:keep_bytes]))
+        events = self.path / "tensorboard"
+        for file in events.glob("events.out.tfevents.*"):
+            file.unlink()
+        self._tensorboard = SummaryWriter(str(events))
+        for row in self.metrics():
+            self._to_tensorboard(row)
+
+    def log(self, row: dict) -> None:
+        """Append one row to ``metrics.jsonl`` and TensorBoard. One key is its step axis, such as ``eval/step``."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._to_tensorboard(row)
+
+    def _to_tensorboard(self, row: dict) -> None:
+        step = next(value for name, value in row.items() if name.endswith("/step"))
+        for name, value in row.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+
+    def metrics_bytes(self) -> int:
+        return self.metrics_file.stat().st_size
+
+
+def _configuration(args: argparse.Namespace) -> dict:
+    """What ``args.json`` holds: every flag but --save, the content of files, and what the FIPO flags come down to."""
+    flags = {name: value for name, value in vars(args).items() if name not in ("save", "fipo", *_FILE_FLAGS)}
+    paths = {name: getattr(args, name) for name in _FILE_FLAGS}
+    return {
+        "args": flags,
+        "files": paths,
+        "sha256": {name: _content_hash(value) for name, value in paths.items()},
+        "fipo": args.fipo.as_dict(),
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+    }
+
+
+def _content_hash(value) -> str | None:
+    path = Path(value[1] if isinstance(value, list) else value) if value else None
+    if path is None:
+        return None
+    # A run directory to load from is known by its configuration: its newest checkpoint may be gone later.
+    path = path / "args.json" if path.is_dir() else path
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
