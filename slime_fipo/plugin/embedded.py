@@ -141,7 +141,7 @@ def _slime_namespace(args: argparse.Namespace) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _schedule_on(device: torch.device):
-    """Megatron's schedule counts tokens in a tensor that it makes with ``device="cuda"``; without a GPU, make it here."""
+    """Megatron's schedule makes its token count on ``"cuda"``; without a GPU, make it on ``device``."""
     if device.type == "cuda":
         yield
         return
