@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VERSIONS = {"main": "624b824a", "v0.3.1": "v0.3.1", "v0.3.0": "v0.3.0"}
 ENABLE = "git clone https://github.com/THUDM/slime, then SLIME_ROOT=that/directory make test-slime"
+LAYOUTS = ("cp2", "cp4", "tp2", "dp2", "micro_batches")
 PARSER_PACKAGES = ("sglang", "sglang_router", "orjson", "msgspec", "zmq", "fastapi", "IPython", "setproctitle")
 
 
@@ -54,6 +56,15 @@ def slime(version, slime_clone, tmp_path_factory) -> Path:
     )
     subprocess.run(["tar", "-x", "-C", tree], input=archive.stdout, check=True)
     return tree
+
+
+@pytest.fixture(scope="session")
+def results(slime, version, tmp_path_factory):
+    """What the rig saved of this version, by parallel layout."""
+    out = tmp_path_factory.mktemp(f"rig-{version}")
+    run = python(["-m", "tests.slime.rig", version, out, "cp1", *LAYOUTS, "compiled"], slime, timeout=540)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,7 @@
 import pytest
 import torch
 
-from .conftest import python
-
-LAYOUTS = ("cp2", "cp4", "tp2", "dp2", "micro_batches")
-
-
-@pytest.fixture(scope="session")
-def results(slime, version, tmp_path_factory):
-    """What the rig saved, by world."""
-    out = tmp_path_factory.mktemp(f"rig-{version}")
-    run = python(["-m", "tests.slime.rig", version, out, "cp1", *LAYOUTS, "compiled"], slime, timeout=540)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
+from .conftest import LAYOUTS
 
 
 def assert_same(actual: dict, expected: dict, tolerance: float, case: str) -> None:
