@@ -9,6 +9,8 @@ import sys
 
 import typer
 
+from .plugin.patch import app as patch_app  # light: neither torch nor slime
+
 app = typer.Typer(
     name="slime-fipo",
     no_args_is_help=True,
@@ -17,8 +19,11 @@ app = typer.Typer(
     help="FIPO (Future-KL Influenced Policy Optimization) for slime.",
 )
 
-# The flags of these commands are argparse's: FIPO's argument group has one definition, which also serves slime's parser.
+# The flags of these commands are argparse's, because FIPO's argument group serves slime's parser too.
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+app.add_typer(patch_app, name="patch")
 
 
 @app.callback()
