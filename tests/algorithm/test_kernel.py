@@ -5,6 +5,7 @@ per operation, gets through.
 """
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -28,9 +29,9 @@ from .test_future_kl import DECAY_RATES, make_shift, worst_error
 from .test_golden import CASES, GoldenCase, close
 from .test_weights import make_batch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-from slime_fipo.algorithm import kernel
+from slime_fipo.algorithm import kernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[2]
@@ -344,6 +345,14 @@ def test_context_parallel_ranks_agree_with_the_whole(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
 
 
+def test_the_serial_scan_that_it_is_timed_against():
+    from benchmarks.serial_scan import serial_future_kl
+
+    shift, lengths = torch.randn(74, generator=torch.Generator().manual_seed(0)), [40, 1, 0, 33]
+    result = serial_future_kl(shift.to(DEVICE), torch.tensor([0, 40, 41, 41, 74], device=DEVICE), 40, 8.0)
+    assert worst_error(result.cpu(), oracle.future_kl(shift.numpy(), lengths, 8.0)) <= 1e-5
+
+
 def test_the_same_batch_gives_the_same_bits():
     lengths = [70, 3, 60]
     batch = on_device(make_batch(3, lengths, spikes=5))
@@ -378,22 +387,33 @@ def test_auto_is_the_kernel_on_a_gpu_but_for_float64(monkeypatch):
     assert calls == [1]
 
 
-def run_python(code, **environment):
+def run_python(*arguments, **environment):
+    """This interpreter without the one of Triton."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     return subprocess.run(
-        [sys.executable, "-c", inspect.cleandoc(code)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
+
+
+def test_it_compiles_for_a_gpu(tmp_path):
+    """By Triton's own compiler and ptxas, down to machine code, whether there is a GPU or not."""
+    if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
+        pytest.skip("this Triton comes without NVIDIA's tools")
+    result = run_python("-m", "tests.algorithm.compile_kernel", "90", TRITON_CACHE_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    launches = [json.loads(line) for line in result.stdout.splitlines()]
+    names = [launch["launch"] for launch in launches]
+    assert names == ["_sum_blocks", "_weigh", "_sum_blocks", "_sum_heads", "_weigh", "_sum_blocks", "_weigh"]
+    for launch in launches:
+        assert launch["registers"] <= 160 and launch["stack"] + launch["local"] <= 32, f"registers spill: {launch}"
+        assert launch["wide"] or launch["launch"] == "_sum_heads", launch
 
 
 def test_without_triton_and_without_a_gpu():
     """The package neither needs Triton nor loads it, and says what to do where the kernel cannot run."""
     result = run_python(
-        """
+        "-c",
+        inspect.cleandoc("""
         import sys, torch
         import slime_fipo
         assert "triton" not in sys.modules
@@ -416,7 +436,7 @@ def test_without_triton_and_without_a_gpu():
                     call()
                 except ValueError as error:
                     print(error)
-        """
+        """),
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
