@@ -133,6 +133,10 @@ def _add_training_arguments(group) -> None:
         action="store_false",
         help="do not divide a group's rewards by their standard deviation (Dr. GRPO)",
     )
+    group.add_argument(
+        "--slime-root",
+        help="checkout of slime whose real loss_function, with the FIPO plugin, takes the place of the engine's own",
+    )
     group.add_argument("--lr", type=float, default=1e-4, help="learning rate (Adam)")
     group.add_argument("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
     group.add_argument("--adam-beta1", type=float, default=0.9, help="Adam beta 1")
@@ -187,21 +191,22 @@ _AT_LEAST = {
 _ABOVE_ZERO = "rollout_temperature lr demo_lr init_method_std"
 
 
-def _flag(dest: str) -> str:
-    return "--" + dest.replace("_", "-")
+def flag_of(dest: str) -> str:
+    """The flag that sets ``dest``, for messages."""
+    return next(action.option_strings[0] for action in build_parser()._actions if action.dest == dest)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
     for bound, names in _AT_LEAST.items():
         for name in names.split():
             if not bound <= getattr(args, name) < math.inf:
-                raise InputError(f"{_flag(name)} is {getattr(args, name)}; it must be at least {bound}")
+                raise InputError(f"{flag_of(name)} is {getattr(args, name)}; it must be at least {bound}")
     for name in _ABOVE_ZERO.split():
         if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"{_flag(name)} is {getattr(args, name)}; it must be above 0")
+            raise InputError(f"{flag_of(name)} is {getattr(args, name)}; it must be above 0")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"{_flag(name)} is {getattr(args, name)}; it must be in [0, 1)")
+            raise InputError(f"{flag_of(name)} is {getattr(args, name)}; it must be in [0, 1)")
     if args.eps_clip > 1:
         raise InputError(f"--eps-clip is {args.eps_clip}; it must be at most 1")
     if args.num_attention_heads % args.num_query_groups:
@@ -241,11 +246,12 @@ def _objective_settings(args: argparse.Namespace) -> FipoConfig:
     given = [name for name in fipo_dests() if getattr(args, name, None) is not None]
     if args.loss_type == "policy_loss":
         if given:
-            raise InputError(f"{_flag(given[0])} has no effect with --loss-type policy_loss; drop it or use fipo_loss")
-        if args.eps_clip_c is not None and not 1 + args.eps_clip_high < args.eps_clip_c < math.inf:
             raise InputError(
-                f"--eps-clip-c is {args.eps_clip_c:g}; it must be above 1 + --eps-clip-high = {1 + args.eps_clip_high:g}"
+                f"{flag_of(given[0])} has no effect with --loss-type policy_loss; drop it or use fipo_loss"
             )
+        if args.eps_clip_c is not None and not 1 + args.eps_clip_high < args.eps_clip_c < math.inf:
+            bound = 1 + args.eps_clip_high
+            raise InputError(f"--eps-clip-c is {args.eps_clip_c:g}; it must be above 1 + --eps-clip-high = {bound:g}")
         # FIPO with every weight at 1 is the PPO loss itself, and shows what Future-KL would have been.
         return FipoConfig(
             clip_ratio_low=0.0,

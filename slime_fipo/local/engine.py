@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from . import InputError
-from .arguments import parse_arguments
+from .arguments import flag_of, parse_arguments
 from .checkpoint import Checkpoint, checkpoint_files, read_checkpoint, restore_tensors, save_checkpoint, state_tensors
 from .data import Alphabet, PromptSource, read_jsonl
-from .model import build_model, initialize_megatron
-from .objective import policy_objective
+from .model import build_model, initialize_megatron, packed_logits
+from .objective import policy_step
 from .report import Progress, print_summary, summarize, write_picture
 from .rollout import Sample, collect_rollout, sample_responses, seeded_generator
 from .run_directory import RunDirectory
@@ -57,6 +57,9 @@ class Engine:
         self.prompt_source = PromptSource(prompts, args.rollout_shuffle, args.rollout_seed)
         self.demo_source = PromptSource(self.demonstrations, True, args.seed)
 
+        self.step_function = policy_step
+        if args.slime_root is not None:
+            self.step_function = _slime_step(args)
         self.directory = RunDirectory(args.save, args)
         self.device = torch.device(args.device)
         self.counters = {"phase": "demo", "demo_steps": 0, "rollouts": 0, "prompts": 0, "metrics_bytes": 0}
@@ -125,7 +128,7 @@ class Engine:
             sampled = time.monotonic()
             if metrics["rollout/groups_filled_up"] < len(groups):
                 batch = make_rollout_batch(args, self.model, groups, self.device)
-                metrics |= train_on_rollout(args, self.model, self.optimizer, batch, policy_objective)
+                metrics |= train_on_rollout(args, self.model, self.optimizer, batch, self.step_function)
             else:
                 self.progress.say(
                     f"rollout {rollout}: every group of {args.max_sampling_rounds} sampling rounds had equal rewards;"
@@ -205,12 +208,21 @@ class Engine:
         header = checkpoint.counters
         differing = [name for name in _MODEL_FLAGS if header["model"][name] != getattr(self.args, name)]
         if differing:
-            flags = ", ".join("--" + name.replace("_", "-") for name in differing)
+            flags = ", ".join(map(flag_of, differing))
             raise InputError(f"--load {load}: its model has another {flags}")
         if header["counters"]["phase"] == "demo":
             raise InputError(f"--load {load}: its base training is not finished; run its own command again first")
         header["counters"]["metrics_bytes"] = 0
         return checkpoint
+
+
+def _slime_step(args: argparse.Namespace):
+    from slime_fipo.plugin.embedded import SlimeStep
+
+    try:
+        return SlimeStep(args.slime_root, args, packed_logits)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _headline(metrics: dict[str, float]) -> str:

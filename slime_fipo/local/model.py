@@ -59,25 +59,27 @@ def initialize_megatron(device: torch.device, num_threads: int) -> None:
 
 def build_model(args: argparse.Namespace, vocab_size: int, max_sequence_length: int, device: torch.device) -> GPTModel:
     """The untrained policy in float32; its initial weights depend on the model flags and ``args.seed`` alone."""
-    config = TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups,
-        kv_channels=args.kv_channels,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-6,
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        init_method_std=args.init_method_std,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        use_cpu_initialization=True,  # the same weights whatever the device
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about Megatron-Core's own default of a deprecated option
+        config = TransformerConfig(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups,
+            kv_channels=args.kv_channels,
+            normalization="RMSNorm",
+            layernorm_epsilon=1e-6,
+            qk_layernorm=True,
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            add_bias_linear=False,
+            init_method_std=args.init_method_std,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            bias_dropout_fusion=False,
+            use_cpu_initialization=True,  # the same weights whatever the device
+        )
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
     torch.manual_seed(args.seed)

@@ -1,7 +1,7 @@
-"""The loss of one optimizer step: the seam at which another loss can take the place of ours.
+"""The loss of one optimizer step, and the seam at which slime's own can take its place.
 
-An objective is a function ``(args, batch, logits) -> (loss, metrics)`` over one step's samples, in slime's data
-shapes. The engine calls nothing else between the model's logits and ``loss.backward()``.
+The engine calls a function ``(args, model, batch) -> metrics`` that leaves the step's gradient in the model's
+parameters; batches have slime's data shapes. ``policy_step`` is ours; ``plugin/embedded.py`` has slime's.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from slime_fipo.algorithm import fipo_policy_loss
 
+from .model import packed_logits
 from .train_data import response_log_probs
 
 
@@ -79,3 +81,10 @@ def policy_objective(
         }
         metrics |= {f"fipo/{name}": reduce_tokens(values, masks, True) for name, values in fipo.metrics.items()}
     return loss, {"train/loss": loss.detach()} | metrics
+
+
+def policy_step(args: argparse.Namespace, model: GPTModel, batch: dict[str, list]) -> dict[str, torch.Tensor]:
+    """Forward and backward of one optimizer step; returns :func:`policy_objective`'s metrics."""
+    loss, metrics = policy_objective(args, batch, packed_logits(model, batch["tokens"]))
+    loss.backward()
+    return metrics

@@ -17,7 +17,7 @@ from rich.table import Table
 from .run_directory import RunDirectory
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 
 class Progress:

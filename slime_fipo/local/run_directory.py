@@ -17,6 +17,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from . import InputError
+from .arguments import flag_of
 
 _FILE_FLAGS = ("prompt_data", "eval_prompt_data", "demo_data", "load")  # compared by content, not by path
 
@@ -59,7 +60,7 @@ class RunDirectory:
         try:
             existing = json.loads(file.read_text())
             differing = [
-                "--" + name.replace("_", "-")
+                flag_of(name)
                 for part in ("args", "sha256")
                 for name in {**existing[part], **configuration[part]}
                 if existing[part].get(name) != configuration[part].get(name)
@@ -146,6 +147,7 @@ def _content_hash(value) -> str | None:
     path = Path(value[1] if isinstance(value, list) else value) if value else None
     if path is None:
         return None
+    name = f"{value[0]}:" if isinstance(value, list) else ""
     # A run directory to load from is known by its configuration: its newest checkpoint may be gone later.
     path = path / "args.json" if path.is_dir() else path
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return name + hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

@@ -1,9 +1,9 @@
 """The shipped task, chained modular sums, and the generator of its files under ``data/``.
 
-``3+1+4+2=`` asks for the sum modulo the task's modulus. A response may reason (``+1=4+4=3+2=0;0``: each further term
-with the running sum, then the answer) or just guess (``0``). The demonstrations mostly guess and sometimes reason, with a few slips, like the text
-that a base LLM has seen; an outcome reward must teach the policy to reason. ``python -m slime_fipo.local.task``
-writes the files anew, byte for byte. How files are read is in ``data.py``.
+``3+1+4+2=`` asks for the sum modulo the task's modulus. A response may reason, ``+1=4+4=3+2=0;0`` (each further term
+with the running sum, then the answer), or just guess, ``0``. The demonstrations mostly guess and sometimes reason, with
+a few slips, like the text that a base LLM has seen; an outcome reward must teach the policy to reason.
+``python -m slime_fipo.local.task`` writes the files anew, byte for byte. How files are read is in ``data.py``.
 """
 
 from __future__ import annotations

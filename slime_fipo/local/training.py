@@ -1,6 +1,6 @@
 """Optimizer steps: supervised on demonstrations, then on rollouts through an objective.
 
-Which rollouts and how many is the engine's business; what the loss is, the objective's.
+Which rollouts and how many is the engine's business; what a step's loss is, ``objective.py``'s.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ def make_optimizer(args: argparse.Namespace, model: GPTModel, lr: float) -> torc
     )
 
 
-def optimizer_step(
-    args: argparse.Namespace, model: GPTModel, optimizer: torch.optim.Optimizer, loss: torch.Tensor
-) -> float:
-    """Backward, clip, step. Returns the gradient norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def apply_gradient(args: argparse.Namespace, model: GPTModel, optimizer: torch.optim.Optimizer) -> float:
+    """Clip, step, clear. Returns the gradient norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 
@@ -68,7 +65,8 @@ def demonstration_step(
         group["lr"] = demonstration_lr(args, step)
     log_probs, _ = response_log_probs(packed_logits(model, batch["tokens"]), batch, temperature=1.0)
     loss = -reduce_tokens(log_probs, batch["loss_masks"], per_token=True)
-    grad_norm = optimizer_step(args, model, optimizer, loss)
+    loss.backward()
+    grad_norm = apply_gradient(args, model, optimizer)
     return {"demo/loss": loss.item(), "demo/grad_norm": grad_norm, "demo/lr": demonstration_lr(args, step)}
 
 
@@ -77,19 +75,19 @@ def train_on_rollout(
     model: GPTModel,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, list],
-    objective: Callable,
+    step_function: Callable,
 ) -> dict[str, float]:
-    """One pass over a rollout in steps of ``--global-batch-size`` samples.
+    """One pass over a rollout in steps of ``--global-batch-size`` samples, each through ``step_function``.
 
     Returns:
-        The objective's metrics and the gradient norm, averaged over the steps. At a rollout's first step the policy
+        The step function's metrics and the gradient norm, averaged over the steps. At a rollout's first step the policy
         has not moved yet, so what measures its drift is zero there and counts as such.
     """
     model.train()
     steps = []
     for start in range(0, len(batch["tokens"]), args.global_batch_size):
         step = select(batch, range(start, start + args.global_batch_size))
-        loss, metrics = objective(args, step, packed_logits(model, step["tokens"]))
-        grad_norm = optimizer_step(args, model, optimizer, loss)
+        metrics = step_function(args, model, step)
+        grad_norm = apply_gradient(args, model, optimizer)
         steps.append({name: value.item() for name, value in metrics.items()} | {"train/grad_norm": grad_norm})
     return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
