@@ -34,7 +34,6 @@ FIPO_ARGS=(--fipo-preset 32b)
 
 # shellcheck source=scripts/models/qwen2.5-32B.sh
 source "${SCRIPT_DIR}/../../scripts/models/qwen2.5-32B.sh"
-MODEL_ARGS+=(--max-position-embeddings 32768)
 # shellcheck source=examples/fipo/common.sh
 source "${SCRIPT_DIR}/common.sh"
 launch "$@"

@@ -5,6 +5,7 @@ set -euo pipefail
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 
 MODEL="${MODEL:-Qwen2.5-Math-7B-32k}"
+REF_LOAD="${REF_LOAD:-${MODEL_ROOT:-/root}/Qwen2.5-Math-7B_torch_dist}"  # weights know no context length
 # The paper takes the old log-probs from the trainer.
 LOGPROBS="${LOGPROBS:-train}"
 

@@ -1,0 +1,130 @@
+"""A launch script, a real Ray, and the embedded engine as its job."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import EXAMPLES, SMALL_RUN, rollouts_of
+
+pytestmark = pytest.mark.cluster
+LAUNCH = ["bash", str(EXAMPLES / "run-embedded.sh"), *SMALL_RUN.split()]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def environment(directory: Path, save: Path, **more) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "RAY_TMPDIR": str(directory), "SAVE": str(save)}
+    names = ("RAY_PORT", "RAY_DASHBOARD_PORT", "RAY_AGENT_PORT", "RAY_CLIENT_PORT")
+    return env | dict(zip(names, map(str, free_ports(4)), strict=True)) | more
+
+
+def rays_below(directory: Path) -> list[int]:
+    """Processes whose Ray keeps its files below ``directory``."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if f"{directory}/" in command and ("raylet" in command or "gcs_server" in command):
+                pids.append(int(entry.name))
+    return pids
+
+
+@pytest.fixture(scope="module")
+def standing_cluster(short_directory):
+    """Somebody's Ray, which was there before: its job API's address, and a way to see that it still stands."""
+    directory = short_directory / "standing"
+    directory.mkdir()
+    env = environment(directory, short_directory)
+    command = (
+        "ray start --head --block --disable-usage-stats --num-gpus 0 --num-cpus 4 --dashboard-host 127.0.0.1"
+        f" --node-ip-address 127.0.0.1 --port {env['RAY_PORT']} --dashboard-port {env['RAY_DASHBOARD_PORT']}"
+        f" --dashboard-agent-listen-port {env['RAY_AGENT_PORT']} --ray-client-server-port {env['RAY_CLIENT_PORT']}"
+        " --min-worker-port 0 --max-worker-port 0"
+    )
+    ray = subprocess.Popen(command.split(), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    for port in (env["RAY_DASHBOARD_PORT"], env["RAY_AGENT_PORT"]):
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", int(port)), 1).close()
+                break
+            except OSError:
+                assert ray.poll() is None and time.monotonic() < deadline, "ray start did not come up"
+                time.sleep(0.5)
+    yield f"http://127.0.0.1:{env['RAY_DASHBOARD_PORT']}", ray
+    ray.terminate()
+    ray.wait(60)
+
+
+def test_a_given_cluster_runs_the_job(standing_cluster, short_directory, bystander, tmp_path):
+    address, ray = standing_cluster
+    save = tmp_path / "run 1"  # a space: every expansion is quoted
+    env = environment(short_directory, save, RAY_ADDRESS=address)
+    result = subprocess.run(
+        [*LAUNCH, "--num-rollout", "2"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert rollouts_of(save) == [0, 1] and (save / "summary.json").exists()
+    assert "succeeded" in result.stdout, "the job's end comes from Ray's job API"
+    assert ray.poll() is None
+
+
+def test_a_failing_job_fails_the_script(standing_cluster, short_directory, tmp_path):
+    env = environment(short_directory, tmp_path / "run", RAY_ADDRESS=standing_cluster[0])
+    result = subprocess.run(
+        [*LAUNCH, "--fipo-decay-rate", "-1"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode not in (0, 143)
+    assert "--fipo-decay-rate" in result.stdout, "the job's log is streamed"
+
+
+def test_its_own_ray_ends_with_the_script_and_no_other_does(standing_cluster, short_directory, bystander, tmp_path):
+    own = short_directory / "own"
+    own.mkdir()
+    env = environment(own, tmp_path / "run", PROBE="1")
+    launch = subprocess.Popen(
+        [*LAUNCH, "--num-rollout", "400"],
+        env=env,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 600
+    while len(rollouts_of(tmp_path / "run")) < 2:
+        assert launch.poll() is None and time.monotonic() < deadline, launch.communicate(timeout=60)[0]
+        time.sleep(0.5)
+    assert rays_below(own), "the script runs a Ray of its own"
+    launch.terminate()
+    output = launch.communicate(timeout=300)[0]
+    assert launch.returncode == 143, output
+    assert '"context_parallel_size": 1' in output, "one node, one rank"
+    assert not rays_below(own)
+    assert standing_cluster[1].poll() is None and rays_below(short_directory / "standing")
+
+    # Its port is taken by the standing cluster: refused, rather than submitted to somebody else's Ray.
+    port = standing_cluster[0].rpartition(":")[2]
+    env = environment(own, tmp_path / "other", RAY_DASHBOARD_PORT=port)
+    refused = subprocess.run(LAUNCH, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 1
+    assert f"port {port} is taken" in refused.stderr and "RAY_ADDRESS" in refused.stderr
+    assert not (tmp_path / "other").exists()
