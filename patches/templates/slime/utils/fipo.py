@@ -111,6 +111,9 @@ def validate_fipo_args(args: argparse.Namespace) -> None:
         setattr(args, _dest(flag), "none" if value is None else value)
     args.fipo_unclipped = not config.clip_influence
     args.fipo_clip_ratio = None
+    args.fipo_shift_from = args.fipo_shift_from or "ratio"
+    args.fipo_allow_single_step = bool(args.fipo_allow_single_step)
+    args.fipo_log_detail = bool(args.fipo_log_detail)
     if args.fipo_unclipped:
         args.fipo_clip_ratio_low = args.fipo_clip_ratio_high = args.fipo_clip_high_only = None
     logger.info("FIPO: %s", config)
