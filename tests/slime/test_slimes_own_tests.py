@@ -25,6 +25,11 @@ def test_pass_after_our_import(slime, plugin, names, version):
     files = [path for name in names if (path := slime / "tests" / f"test_{name}.py").exists()]
     if not files:
         pytest.skip(f"slime {version} has none of these tests")
-    run = python(["-m", "pytest", "-q", "-p", plugin, "-p", "no:cacheprovider", *files], slime, cwd=slime)
+    run = python(
+        ["-m", "pytest", "-q", "-p", plugin, "-p", "no:cacheprovider", *files],
+        slime,
+        cwd=slime,
+        TORCHDYNAMO_DISABLE="1",  # their numbers do not depend on it, and compiling takes minutes
+    )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
     assert " passed" in run.stdout and " failed" not in run.stdout and " error" not in run.stdout
