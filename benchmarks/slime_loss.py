@@ -1,4 +1,5 @@
-"""What FIPO costs inside slime's loss: ``SLIME_ROOT=… python -m benchmarks.slime_loss``, on a CPU.
+"""What FIPO costs inside slime's loss: ``SLIME_ROOT=… python -m benchmarks.slime_loss``, on a CPU. With
+slime-fipo's patches in that slime it measures what is built in, else the plugin.
 
 8,192 tokens and a vocabulary of 32k through slime's real ``loss_function``, as ``policy_loss`` and with FIPO. FIPO's
 own part is too small to show in the difference of the two, so it is timed with slime's vocabulary-wide part replaced
@@ -8,6 +9,7 @@ by its result. Prints one table; a bound that is missed makes the command exit w
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,6 +56,7 @@ def main():
     if not root:
         sys.exit("SLIME_ROOT is not set; git clone https://github.com/THUDM/slime and give its directory")
     sys.path.insert(0, root)
+    fipo = "fipo_loss" if Path(root, "slime/utils/fipo.py").is_file() else "custom_loss"  # built in, or the plugin
     from slime.backends.megatron_utils import loss as slime_loss
 
     from tests.slime.cases import SLIME_DEFAULTS
@@ -71,8 +74,8 @@ def main():
             loss.backward()
             logits.grad = None
 
-    whole, with_fipo = best_seconds(lambda: step("policy_loss"), lambda: step("custom_loss"), repeats=3, warm_up=1)
-    peaks = [peak_extra_bytes(lambda t=t: step(t, backward=False)) for t in ("policy_loss", "custom_loss")]
+    whole, with_fipo = best_seconds(lambda: step("policy_loss"), lambda: step(fipo), repeats=3, warm_up=1)
+    peaks = [peak_extra_bytes(lambda t=t: step(t, backward=False)) for t in ("policy_loss", fipo)]
 
     # slime's part over the vocabulary, replaced by its result; what is left is the per-token arithmetic.
     with torch.no_grad():
@@ -87,8 +90,8 @@ def main():
     for log_probs in result["log_probs"]:
         log_probs.requires_grad_()
     slime_loss.get_log_probs_and_entropy = lambda *args, **kwargs: (None, result)
-    bare, bare_with_fipo = best_seconds(lambda: step("policy_loss"), lambda: step("custom_loss"), repeats=30, warm_up=3)
-    bare_peaks = [peak_extra_bytes(lambda t=t: step(t, backward=False)) for t in ("policy_loss", "custom_loss")]
+    bare, bare_with_fipo = best_seconds(lambda: step("policy_loss"), lambda: step(fipo), repeats=30, warm_up=3)
+    bare_peaks = [peak_extra_bytes(lambda t=t: step(t, backward=False)) for t in ("policy_loss", fipo)]
 
     share = (bare_with_fipo - bare) / whole
     floats = max(peaks[1] - peaks[0], bare_peaks[1] - bare_peaks[0]) / 4 / TOKENS
