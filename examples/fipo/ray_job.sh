@@ -41,6 +41,9 @@ own_ray() {
          exit 1
       fi
    done
+   # Whoever reaches a Ray's ports can run code as its owner: ask for a token (older Rays ignore these).
+   export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+   export RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
    # --block keeps every process of this Ray below ours; `ray stop` would end other people's, too.
    ray start --head --node-ip-address "${MASTER_ADDR:-127.0.0.1}" --port "${RAY_PORT}" --num-gpus "${gpus}" \
       --dashboard-host 127.0.0.1 --dashboard-port "${RAY_DASHBOARD_PORT}" \

@@ -36,7 +36,8 @@ FIPO_ARGS=(--fipo-preset 7b)
 
 # shellcheck source=scripts/models/qwen2.5-math-7B.sh
 source "${SCRIPT_DIR}/../../scripts/models/qwen2.5-math-7B.sh"
-MODEL_ARGS+=(--max-position-embeddings 32768)
+# slime v0.3 sets the positions to the sequence length, a placeholder otherwise.
+MODEL_ARGS+=(--seq-length 32768 --max-position-embeddings 32768)
 # shellcheck source=examples/fipo/common.sh
 source "${SCRIPT_DIR}/common.sh"
 

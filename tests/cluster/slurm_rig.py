@@ -262,7 +262,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
             timeout=60,
         )
         if result.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))}: {result.stderr.strip()}")
+            raise RuntimeError(f"{' '.join(map(str, command))}: exit {result.returncode}, {result.stderr.strip()}")
         return result.stdout
 
     def node_states(self) -> dict[str, str]:

@@ -53,7 +53,7 @@ def standing_cluster(short_directory):
     """Somebody's Ray, which was there before: its job API's address, and a way to see that it still stands."""
     directory = short_directory / "standing"
     directory.mkdir()
-    env = environment(directory, short_directory)
+    env = environment(directory, short_directory, RAY_AUTH_MODE="disabled")
     command = (
         "ray start --head --block --disable-usage-stats --num-gpus 0 --num-cpus 4 --dashboard-host 127.0.0.1"
         f" --node-ip-address 127.0.0.1 --port {env['RAY_PORT']} --dashboard-port {env['RAY_DASHBOARD_PORT']}"
@@ -78,7 +78,7 @@ def standing_cluster(short_directory):
 def test_a_given_cluster_runs_the_job(standing_cluster, short_directory, bystander, tmp_path):
     address, ray = standing_cluster
     save = tmp_path / "run 1"  # a space: every expansion is quoted
-    env = environment(short_directory, save, RAY_ADDRESS=address)
+    env = environment(short_directory, save, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     result = subprocess.run(
         [*LAUNCH, "--num-rollout", "2"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
@@ -89,7 +89,7 @@ def test_a_given_cluster_runs_the_job(standing_cluster, short_directory, bystand
 
 
 def test_a_failing_job_fails_the_script(standing_cluster, short_directory, tmp_path):
-    env = environment(short_directory, tmp_path / "run", RAY_ADDRESS=standing_cluster[0])
+    env = environment(short_directory, tmp_path / "run", RAY_ADDRESS=standing_cluster[0], RAY_AUTH_MODE="disabled")
     result = subprocess.run(
         [*LAUNCH, "--fipo-decay-rate", "-1"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )

@@ -59,6 +59,7 @@ class Job:
     def wait_for(self, condition, seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
+            assert self.state() not in ("FAILED", "NODE_FAIL", "TIMEOUT"), f"{what}: {self.log()}"
             daemons = "".join(f"\n== {f.name}\n{f.read_text()[-2000:]}" for f in self.rig.directory.glob("*.log"))
             assert time.monotonic() < deadline, f"{what}: {self.rig.job(self.id)}\n{self.log()}{daemons}"
             time.sleep(0.5)
