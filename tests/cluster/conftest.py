@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "fipo"
 
 # An embedded run of a second or so per rollout.
-SMALL_RUN = "--demo-steps 20 --rollout-batch-size 8 --n-samples-per-prompt 4 --global-batch-size 8 --eval-interval 1000"
+SMALL_RUN = (
+    "--num-threads 1 --demo-steps 20 --rollout-batch-size 8 --n-samples-per-prompt 4 --global-batch-size 8"
+    " --eval-interval 1000"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
