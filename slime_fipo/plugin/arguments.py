@@ -8,12 +8,13 @@ imports slime, so that a launcher can import it first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from ..algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args, fipo_dests
@@ -53,12 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     Raises:
         RuntimeError: the parser has no ``--loss-type`` with choices, so this is no slime that we know.
+        ValueError: FIPO is built into this slime already.
     """
     loss_type = next((a for a in parser._actions if "--loss-type" in a.option_strings), None)
     if loss_type is None or loss_type.choices is None:
         raise RuntimeError(
             "slime's parser has no --loss-type with choices; slime v0.3.0, v0.3.1 and main 624b824a have"
         )
+    if "fipo_loss" in loss_type.choices:
+        raise ValueError("this slime has fipo_loss built in; leave out '-m slime_fipo', or slime-fipo patch revert")
     loss_type.choices = [*loss_type.choices, "fipo_loss"]
     loss_type.help = f"{loss_type.help or ''} fipo_loss is policy_loss with FIPO's weights; see the FIPO group."
     return _add_fipo_group(parser)
@@ -133,7 +137,7 @@ def _checked(values: tuple) -> FipoConfig:
         raise ValueError(f"--fipo-shift-from is {args.fipo_shift_from!r}; it must be one of {', '.join(_SHIFT_FROM)}")
     if shift_is_apart(args) and not args.get_mismatch_metrics:
         raise ValueError(
-            "--fipo-shift-from train beside --use-rollout-logprobs needs Megatron's log-probs, which slime recomputes then"
+            "--fipo-shift-from train beside --use-rollout-logprobs needs Megatron's log-probs, which slime recomputes"
             f" with --get-mismatch-metrics --custom-tis-function-path {MISMATCH_METRICS_PATH}; add both"
             " (python3 -m slime_fipo with --loss-type fipo_loss does)"
         )
@@ -155,8 +159,9 @@ def _check_steps_per_rollout(args: argparse.Namespace) -> None:
     if samples // batch > 1:
         return
     fix = (
-        f"one optimizer step per rollout (--global-batch-size {batch} of {samples} samples) leaves Future-KL at zero"
-        f" and FIPO without effect; use --global-batch-size {max(samples // 8, 1)} (8 steps) or --num-steps-per-rollout 8"
+        f"one optimizer step per rollout (--global-batch-size {batch} of {samples} samples) leaves Future-KL at"
+        f" zero and FIPO without effect; use --global-batch-size {max(samples // 8, 1)} (8 steps) or"
+        " --num-steps-per-rollout 8"
     )
     if not args.fipo_allow_single_step:
         raise ValueError(
@@ -244,20 +249,34 @@ def extend_slime_arguments(module: ModuleType) -> None:
     @functools.wraps(get_provider)
     def get_extended_provider(*args, **kwargs):
         add_slime_arguments = get_provider(*args, **kwargs)
-        return lambda parser: add_recipe_arguments(add_arguments(add_slime_arguments(parser)))
+
+        def add_extended_arguments(parser):
+            parser = add_slime_arguments(parser)
+            with _one_line_errors():
+                add_arguments(parser)
+            return add_recipe_arguments(parser)
+
+        return add_extended_arguments
 
     @functools.wraps(parse_args)
     def parse_args_with_fipo(*args, **kwargs):
         namespace = parse_args(*args, **kwargs)
-        try:
+        with _one_line_errors():
             _finish(namespace)
-        except (ValueError, ImportError) as error:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-            sys.exit(2)
         return namespace
 
     module.get_slime_extra_args_provider = get_extended_provider
     module.parse_args = parse_args_with_fipo
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """End the program as argparse does, without slime's 1,500 flags as its usage."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _finish(args: argparse.Namespace) -> None:

@@ -147,6 +147,14 @@ def test_parser_is_extended_whenever_the_script_imports_it(directory):
     assert "FIPO:" in group.stdout and "policy_loss,custom_loss,fipo_loss" in group.stdout
 
 
+def test_a_slime_with_fipo_built_in_is_refused(directory):
+    arguments = directory / "slime" / "utils" / "arguments.py"
+    arguments.write_text(SLIME_ARGUMENTS.replace('"custom_loss"]', '"custom_loss", "fipo_loss"]'))
+    run = start(["-m", "slime_fipo"], write(directory, "import slime.utils.arguments as a; a.parse_args()"))
+    assert run.returncode == 2
+    assert run.stderr.startswith("train.py: error: this slime has fipo_loss built in")
+
+
 def test_a_slime_without_the_seams_is_refused(directory):
     arguments = directory / "slime" / "utils" / "arguments.py"
     arguments.write_text(SLIME_ARGUMENTS.replace("get_slime_extra_args_provider", "provider"))
