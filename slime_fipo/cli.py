@@ -5,6 +5,7 @@ Errors of the user's making end with one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import typer
@@ -34,16 +35,13 @@ def _root() -> None:
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
 def local(context: typer.Context) -> None:
     """Train a small model with FIPO on this machine, without a GPU (--help: every flag)."""
-    from .local import InputError
+    _run_embedded("local", "engine", context.args)
 
-    try:
-        from .local.engine import main
-    except ModuleNotFoundError as error:
-        _fail(f"slime-fipo local needs the package {error.name}: pip install 'slime-fipo[local]'")
-    try:
-        main(context.args)
-    except InputError as error:
-        _fail(f"slime-fipo local: {error}")
+
+@app.command(context_settings=_PASS_THROUGH, add_help_option=False)
+def compare(context: typer.Context) -> None:
+    """DAPO against FIPO on this machine, several seeds with equal budgets (--help: every flag)."""
+    _run_embedded("compare", "compare", context.args)
 
 
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
@@ -52,6 +50,21 @@ def check(context: typer.Context) -> None:
     from .recipes.check import main
 
     raise typer.Exit(main(context.args))
+
+
+def _run_embedded(command: str, module: str, argv: list[str]) -> None:
+    from .local import InputError
+
+    try:
+        main = importlib.import_module(f".local.{module}", __package__).main
+    except ModuleNotFoundError as error:
+        _fail(f"slime-fipo {command} needs the package {error.name}: pip install 'slime-fipo[local]'")
+    try:
+        main(argv)
+    except InputError as error:
+        _fail(f"slime-fipo {command}: {error}")
+    except OSError as error:
+        _fail(f"slime-fipo {command}: {error}; what is on disk is whole, and the same command continues")
 
 
 def _fail(message: str) -> None:

@@ -17,7 +17,9 @@ from .task import ALPHABET, DATA_DIRECTORY, SUMS
 SHIPPED = DATA_DIRECTORY / SUMS.name
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Errors are raised as :class:`InputError`, without the usage text."""
+
     def error(self, message: str):
         raise InputError(message)
 
@@ -28,7 +30,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="slime-fipo local",
         allow_abbrev=False,
         formatter_class=_HelpFormatter,

@@ -60,6 +60,9 @@ class Engine:
         self.step_function = policy_step
         if args.slime_root is not None:
             self.step_function = _slime_step(args)
+        # Read before the run directory is made, so that a bad --load leaves none behind.
+        resumes = bool(checkpoint_files(Path(args.save, "checkpoints")))
+        self.initial = None if resumes else _checkpoint_to_load(args)
         self.directory = RunDirectory(args.save, args)
         self.device = torch.device(args.device)
         self.counters = {"phase": "demo", "demo_steps": 0, "rollouts": 0, "prompts": 0, "metrics_bytes": 0}
@@ -79,7 +82,7 @@ class Engine:
         self.model = build_model(
             self.args, self.alphabet.size, longest + self.args.rollout_max_response_len, self.device
         )
-        checkpoint = self._newest_checkpoint() or self._checkpoint_to_load()
+        checkpoint = self._newest_checkpoint() or self.initial or _checkpoint_to_load(self.args)
         if checkpoint is not None:
             self.counters = checkpoint.counters["counters"]
         in_rollouts = self.counters["phase"] == "rollouts"
@@ -193,27 +196,26 @@ class Engine:
                 self.progress.say(f"{error}; {before}")
         return None
 
-    def _checkpoint_to_load(self) -> Checkpoint | None:
-        """The one that --load names, to begin this run with."""
-        load = self.args.load
-        if load is None:
-            return None
-        file = Path(load)
-        if file.is_dir():
-            file = next(iter(checkpoint_files(file / "checkpoints")), file / "checkpoints")
-        try:
-            checkpoint = read_checkpoint(file)
-        except ValueError as error:
-            raise InputError(f"--load {load}: {error}") from None
-        header = checkpoint.counters
-        differing = [name for name in _MODEL_FLAGS if header["model"][name] != getattr(self.args, name)]
-        if differing:
-            flags = ", ".join(map(flag_of, differing))
-            raise InputError(f"--load {load}: its model has another {flags}")
-        if header["counters"]["phase"] == "demo":
-            raise InputError(f"--load {load}: its base training is not finished; run its own command again first")
-        header["counters"]["metrics_bytes"] = 0
-        return checkpoint
+
+def _checkpoint_to_load(args: argparse.Namespace) -> Checkpoint | None:
+    """The one that --load names, to begin a run with."""
+    if args.load is None:
+        return None
+    file = Path(args.load)
+    if file.is_dir():
+        file = next(iter(checkpoint_files(file / "checkpoints")), file / "checkpoints")
+    try:
+        checkpoint = read_checkpoint(file)
+    except ValueError as error:
+        raise InputError(f"--load {args.load}: {error}") from None
+    header = checkpoint.counters
+    differing = [name for name in _MODEL_FLAGS if header["model"][name] != getattr(args, name)]
+    if differing:
+        raise InputError(f"--load {args.load}: its model has another {', '.join(map(flag_of, differing))}")
+    if header["counters"]["phase"] == "demo":
+        raise InputError(f"--load {args.load}: its base training is not finished; run its own command again first")
+    header["counters"]["metrics_bytes"] = 0
+    return checkpoint
 
 
 def _slime_step(args: argparse.Namespace):
@@ -238,11 +240,18 @@ def _headline(metrics: dict[str, float]) -> str:
 def main(argv: list[str]) -> None:
     """``slime-fipo local``: run, or continue, or show what a finished run left."""
     args = parse_arguments(argv)
-    engine = Engine(args)
     with Progress() as progress:
-        if engine.finished:
-            progress.say(f"{args.save} is finished; nothing was run")
-        else:
-            engine.run(progress)
-    summary = json.loads(engine.directory.summary_file.read_text(encoding="utf-8"))
-    print_summary(progress.console, engine.directory.path, summary)
+        directory = run(args, progress)
+    summary = json.loads(directory.summary_file.read_text(encoding="utf-8"))
+    print_summary(progress.console, directory.path, summary)
+
+
+def run(args: argparse.Namespace, progress: Progress) -> RunDirectory:
+    """Begin, continue, or find finished the run of ``args``; its directory is complete afterwards."""
+    engine = Engine(args)
+    if engine.finished:
+        progress.say(f"{args.save} is finished; nothing was run")
+    else:
+        engine.run(progress)
+    engine.directory.close()
+    return engine.directory

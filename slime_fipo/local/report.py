@@ -14,7 +14,7 @@ import rich.progress
 from rich.console import Console
 from rich.table import Table
 
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, replace_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -106,7 +106,7 @@ def write_picture(directory: RunDirectory) -> None:
             axis.legend(fontsize=8)
     axes.flat[0].set_ylim(0, 1.02)
     axes.flat[2].axhline(1.0, color="gray", linewidth=0.8, linestyle="--")
-    directory.replace("training.png", lambda temporary: figure.savefig(temporary, dpi=110))
+    replace_file(directory.path / "training.png", lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
 
 

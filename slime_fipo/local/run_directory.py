@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -74,21 +75,17 @@ class RunDirectory:
             )
         return True
 
+    def close(self) -> None:
+        """Let other processes in."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._lock.close()
+
     def write_json(self, name: str, value) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file as a whole; whoever reads it meanwhile sees the old or the new one."""
-        self.replace(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-    def replace(self, name: str, write) -> Path:
-        """Let ``write(temporary path)`` write, then rename to ``name``; the suffix of the name is kept."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".tmp-{target.name}")
-        write(temporary)
-        os.replace(temporary, target)
-        return target
+        replace_file(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     # -- metrics --
 
@@ -101,7 +98,7 @@ class RunDirectory:
         kept = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
         if len(kept) < keep_bytes:
             raise InputError(f"{self.metrics_file} was shortened since its checkpoint; choose another --save")
-        self.replace(self.metrics_file.name, lambda temporary: temporary.write_bytes(kept[:keep_bytes]))
+        replace_file(self.metrics_file, lambda temporary: temporary.write_bytes(kept[:keep_bytes]))
         events = self.path / "tensorboard"
         for file in events.glob("events.out.tfevents.*"):
             file.unlink()
@@ -128,6 +125,14 @@ class RunDirectory:
 
     def metrics_bytes(self) -> int:
         return self.metrics_file.stat().st_size
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write(temporary path)`` write, then rename: whoever reads ``path`` sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    write(temporary)
+    os.replace(temporary, path)
 
 
 def _configuration(args: argparse.Namespace) -> dict:

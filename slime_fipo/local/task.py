@@ -30,7 +30,7 @@ class ModularSums:
     lucky_probability: float  # a guess is right by insight this often, otherwise uniform
     train_prompts: int = 1024
     heldout_prompts: int = 128
-    demonstrations: int = 4096
+    demonstrations: int = 8192
     seed: int = 0
 
     def prompt(self, rng: random.Random) -> tuple[str, list[int]]:
@@ -73,7 +73,7 @@ class ModularSums:
         return prompts | {"demonstrations.jsonl": demonstrations}
 
 
-SUMS = ModularSums("sums", 5, 3, 6, reason_probability=0.4, slip_probability=0.02, lucky_probability=0.3)
+SUMS = ModularSums("sums", 5, 3, 6, reason_probability=0.4, slip_probability=0.05, lucky_probability=0.3)
 LONG_SUMS = ModularSums("long_sums", 10, 5, 9, reason_probability=0.3, slip_probability=0.03, lucky_probability=0.2)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,20 +33,59 @@ def tiny_model(args):
     return build_model(args, alphabet.size, 64, CPU), alphabet
 
 
-def command(*argv: str, code: str | None = None, check: bool = True) -> subprocess.CompletedProcess:
-    """``slime-fipo ARGV`` in a process of its own; ``code`` runs in it first."""
-    program = (code or "") + "\nfrom slime_fipo.cli import app; app()"
-    result = subprocess.run(
-        [sys.executable, "-c", program, *argv],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-    )
-    if check:
-        assert result.returncode == 0, result.stderr
-    return result
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Commands:
+    """Runs ``slime-fipo ARGV``, each in a process of its own that can be killed.
+
+    The processes are forked from one that has imported everything, because importing takes longer than a tiny run.
+    """
+
+    def __init__(self, scratch: Path):
+        self.scratch = scratch
+        self.parent = subprocess.Popen(
+            [sys.executable, "-c", "from tests.local.rig import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
+        )
+
+    def __call__(self, *argv: str, code: str = "", check: bool = True) -> Result:
+        """``code`` runs before the command, in its process."""
+        out, err = self.scratch / "stdout", self.scratch / "stderr"
+        print(json.dumps([argv, code, str(out), str(err)]), file=self.parent.stdin, flush=True)
+        result = Result(int(self.parent.stdout.readline()), out.read_text(), err.read_text())
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    def close(self) -> None:
+        self.parent.stdin.close()
+        self.parent.wait()
+
+
+def serve() -> None:
+    """The forking side of :class:`Commands`: one JSON line per command in, its exit status out."""
+    import slime_fipo.local.engine  # noqa: F401
+    from slime_fipo.cli import app
+
+    for line in sys.stdin:
+        argv, code, out, err = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            for file, descriptor in ((out, 1), (err, 2)):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            exec(code, {})
+            sys.argv[:] = ["slime-fipo", *argv]
+            app()
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 def metrics_without_times(directory: Path) -> list[dict]:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from .rig import TINY, command, metrics_without_times
+from .rig import metrics_without_times
 
 # Runs before the command and ends its own process with SIGKILL when FUNCTION is called for the NTH time.
 KILL = """
@@ -38,12 +38,8 @@ MOMENTS = {
 }
 
 
-def local(*argv, **kwargs):
-    return command("local", *TINY.split(), *argv, **kwargs)
-
-
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(local, tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
     return directory, local("--save", str(directory)).stdout
 
@@ -79,7 +75,7 @@ def test_tensorboard_shows_every_number_once(undisturbed):
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_sigkill_and_the_same_command_again(undisturbed, tmp_path, moment):
+def test_sigkill_and_the_same_command_again(local, undisturbed, tmp_path, moment):
     module, function, nth, before = MOMENTS[moment]
     code = KILL.format(module=module, function=function, nth=nth, before=before)
     killed = local("--save", str(tmp_path / "run"), code=code, check=False)
@@ -90,7 +86,7 @@ def test_sigkill_and_the_same_command_again(undisturbed, tmp_path, moment):
         assert (tmp_path / "run" / name).read_text() == (undisturbed[0] / name).read_text()
 
 
-def test_damaged_newest_checkpoint(undisturbed, tmp_path):
+def test_damaged_newest_checkpoint(local, undisturbed, tmp_path):
     code = KILL.format(module="engine", function="write_picture", nth=1, before="pass")
     local("--save", str(tmp_path / "run"), code=code, check=False)
     newest = tmp_path / "run/checkpoints/rollouts_0000003.safetensors"
@@ -102,7 +98,7 @@ def test_damaged_newest_checkpoint(undisturbed, tmp_path):
     assert metrics_without_times(tmp_path / "run") == metrics_without_times(undisturbed[0])
 
 
-def test_a_finished_run_is_left_alone(undisturbed):
+def test_a_finished_run_is_left_alone(local, undisturbed):
     directory, output = undisturbed
     before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.name != ".lock"}
     again = local("--save", str(directory))
@@ -111,7 +107,7 @@ def test_a_finished_run_is_left_alone(undisturbed):
     assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.name != ".lock"}
 
 
-def test_load_starts_from_another_run(undisturbed, tmp_path):
+def test_load_starts_from_another_run(local, undisturbed, tmp_path):
     """slime's meaning: weights, optimizer and rollout counter go on; the configuration may differ."""
     result = local("--load", str(undisturbed[0]), "--save", str(tmp_path / "run"), "--num-rollout", "5")
     rows = metrics_without_times(tmp_path / "run")
@@ -120,22 +116,26 @@ def test_load_starts_from_another_run(undisturbed, tmp_path):
     assert rows[0] == last and "base training" not in result.stdout
 
 
-def refused(*argv, says: str, save=None) -> None:
-    """One line on stderr, exit code 2, and nothing in the run directory."""
-    result = local(*argv, check=False)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert len(result.stderr.splitlines()) == 1 and says in result.stderr
-    assert result.stdout == ""
+@pytest.fixture
+def refused(local):
+    def refused(*argv, says: str) -> None:
+        """One line on stderr, nothing on stdout, exit code 2."""
+        result = local(*argv, check=False)
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert len(result.stderr.splitlines()) == 1 and says in result.stderr
+        assert result.stdout == ""
+
+    return refused
 
 
-def test_another_configuration_is_refused_and_named(undisturbed):
+def test_another_configuration_is_refused_and_named(refused, undisturbed):
     directory, _ = undisturbed
     before = {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
     refused("--save", str(directory), "--lr", "2e-3", "--fipo-preset", "7b", says="--fipo-preset, --lr")
     assert before == {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def test_changed_data_is_another_configuration(tmp_path):
+def test_changed_data_is_another_configuration(local, refused, tmp_path):
     data, save = tmp_path / "prompts.jsonl", str(tmp_path / "run")
     data.write_text('{"prompt": "1+2=", "label": "3"}\n')
     files = ("--prompt-data", str(data), "--eval-prompt-data", "mine", str(data))
@@ -153,7 +153,7 @@ def test_changed_data_is_another_configuration(tmp_path):
     )
 
 
-def test_a_second_process_is_refused(undisturbed):
+def test_a_second_process_is_refused(refused, undisturbed):
     with open(undisturbed[0] / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         refused("--save", str(undisturbed[0]), says="another process is using this run directory")
@@ -185,51 +185,21 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """Every bad command line in one process (starting one takes longer than all of them), each through the real CLI."""
-    folder = tmp_path_factory.mktemp("bad")
-    program = """
-import contextlib, io, json, sys
-from slime_fipo.cli import app
-results = {}
-for name, argv in json.load(sys.stdin).items():
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = app(["local", *argv], standalone_mode=False)
-        except SystemExit as error:
-            code = error.code
-    results[name] = [code, out.getvalue(), err.getvalue()]
-print(json.dumps(results))
-"""
-    commands = {
-        name: [*TINY.split(), *argv, "--save", str(folder / name.replace(" ", "_"))] for name, (argv, _) in BAD.items()
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps(commands), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    return folder, json.loads(result.stdout)
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(answers, name):
-    folder, results = answers
-    code, out, err = results[name]
-    assert code == 2 and out == "", err
-    assert BAD[name][1] in err and len(err.splitlines()) == 1
-    assert not (folder / name.replace(" ", "_")).exists()
+def test_bad_input_leaves_nothing_behind(refused, tmp_path, name):
+    flags, says = BAD[name]
+    refused(*flags, "--save", str(tmp_path / "run"), says=says)
+    assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_through_the_real_command(tmp_path):
+def test_malformed_file_is_refused(refused, tmp_path):
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "1=", "label": "1"}\n{"prompt": "1="}\n')
     refused("--prompt-data", str(data), "--save", str(tmp_path / "run"), says=f"{data}, line 2: no 'label'")
     assert not (tmp_path / "run").exists()
 
 
-def test_unwritable_and_foreign_run_directories(tmp_path):
+def test_unwritable_and_foreign_run_directories(refused, tmp_path):
     (tmp_path / "file").write_text("")
     refused("--save", str(tmp_path / "file" / "run"), says="cannot be written")
     foreign = tmp_path / "foreign"
@@ -239,7 +209,7 @@ def test_unwritable_and_foreign_run_directories(tmp_path):
     assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
 
 
-def test_own_data_over_an_own_alphabet(tmp_path):
+def test_own_data_over_an_own_alphabet(local, tmp_path):
     """Prompts and labels alone: the labels are the demonstrations. RL must not lose what they taught."""
     data = tmp_path / "reverse.jsonl"
     rows = [{"q": a + b + ">", "a": b + a} for a in "abc" for b in "abc"]
@@ -252,7 +222,7 @@ def test_own_data_over_an_own_alphabet(tmp_path):
     assert rows[0]["eval/mine"] > 0.3 and rows[-1]["eval/mine"] > rows[0]["eval/mine"] - 0.2, result.stdout
 
 
-def test_nothing_to_learn_from_is_said_and_the_run_ends(tmp_path):
+def test_nothing_to_learn_from_is_said_and_the_run_ends(local, tmp_path):
     data = tmp_path / "impossible.jsonl"
     data.write_text(json.dumps({"prompt": "1=", "label": "12345678901234567890"}) + "\n")
     result = local(
@@ -265,7 +235,8 @@ def test_nothing_to_learn_from_is_said_and_the_run_ends(tmp_path):
 
 
 def test_help_shows_every_flag():
-    text = local("--help").stdout
+    command = [sys.executable, "-m", "slime_fipo.cli", "local", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     for flag in (
         "--prompt-data",
         "--loss-type",
