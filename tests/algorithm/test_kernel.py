@@ -287,11 +287,13 @@ def test_only_the_metrics_asked_for():
         assert_same_as_scan(batch, [40], FipoConfig(), metrics)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the oracle's 1/τ
 def test_extreme_half_lives():
     """As good as no decay, and as good as nothing but decay; a masked token is no distance even then."""
     lengths = [40, 30]
     shift, mask = make_shift(4, lengths, hole_share=0.5)
-    for decay_rate in (1e-300, 1e-30, 1e30, 1e300):
+    mask[28:36], shift[28:36] = False, 0.0  # over a block's edge
+    for decay_rate in (1e-310, 1e300):
         for decay_mask in (None, mask):
             result = future_kl(
                 torch.from_numpy(shift).to(DEVICE),
