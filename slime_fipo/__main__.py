@@ -7,6 +7,7 @@ that changes is slime's argument module, at the moment the script imports it.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -46,6 +47,10 @@ class _ExtendingLoader(Loader):
         from .plugin.arguments import extend_slime_arguments
 
         extend_slime_arguments(module)
+        if os.environ.get("SLIME_FIPO_SAVE_ON_SIGTERM") == "1":
+            from .plugin.preemption import save_on_sigterm
+
+            save_on_sigterm()
 
 
 def run_script(path: str, arguments: list[str]) -> None:

@@ -199,6 +199,7 @@ launch() {
    submit "${GPUS_PER_NODE}" "$(env_json \
       "PYTHONPATH=${FIPO_DIR}:${SLIME_DIR}:${MEGATRON_DIR}" \
       CUDA_DEVICE_MAX_CONNECTIONS=1 \
+      SLIME_FIPO_SAVE_ON_SIGTERM=1 \
       "NCCL_NVLS_ENABLE=${nvls}")" \
       "${train[@]}"
 }

@@ -81,6 +81,7 @@ class SlurmRig:
             "LD_LIBRARY_PATH": f"{libraries}:{self.plugins}",
             "SLURM_CONF": str(directory / "slurm.conf"),
             "RAY_TMPDIR": str(directory / "ray"),
+            "RAY_raylet_start_wait_time_s": "300",  # for busy machines
         }
 
     def __enter__(self) -> SlurmRig:
@@ -237,7 +238,7 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=30
+KillWait=120
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -30,6 +30,7 @@ def free_ports(count: int) -> list[int]:
 def environment(directory: Path, save: Path, **more) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "RAY_TMPDIR": str(directory), "SAVE": str(save)}
+    env["RAY_raylet_start_wait_time_s"] = "300"  # for busy machines
     names = ("RAY_PORT", "RAY_DASHBOARD_PORT", "RAY_AGENT_PORT", "RAY_CLIENT_PORT")
     return env | dict(zip(names, map(str, free_ports(4)), strict=True)) | more
 

@@ -181,7 +181,7 @@ def test_the_runtime_environment_is_json_with_every_checkout():
     words = dry_run(EXAMPLES / "run-qwen3-4B.sh", SLIME_DIR='/a "b"/slime', MEGATRON_DIR="/m")
     environment = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
     assert environment["PYTHONPATH"] == f'{ROOT}:/a "b"/slime:/m'
-    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == environment["SLIME_FIPO_SAVE_ON_SIGTERM"] == "1"
 
 
 @pytest.mark.parametrize(
