@@ -29,6 +29,7 @@ def test_pass_after_our_import(slime, plugin, names, version):
         ["-m", "pytest", "-q", "-p", plugin, "-p", "no:cacheprovider", *files],
         slime,
         cwd=slime,
+        timeout=1200,
         TORCHDYNAMO_DISABLE="1",  # their numbers do not depend on it, and compiling takes minutes
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
