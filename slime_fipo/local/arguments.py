@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 
+import torch
+
 from slime_fipo.algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args, fipo_dests
 
 from . import InputError
@@ -55,7 +57,7 @@ def _add_run_arguments(group) -> None:
     group.add_argument("--save-interval", type=int, default=1, help="rollouts between checkpoints")
     group.add_argument("--seed", type=int, default=1234, help="seed of initial weights, base training and sampling")
     group.add_argument("--num-threads", type=int, default=2, help="CPU threads; results depend on it bit by bit")
-    group.add_argument("--device", choices=("cpu",), default="cpu", help="where the model lives")
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model lives")
 
 
 def _add_data_arguments(group) -> None:
@@ -81,7 +83,7 @@ def _add_data_arguments(group) -> None:
 
 
 def _add_rollout_arguments(group) -> None:
-    group.add_argument("--num-rollout", type=int, default=24, help="number of rollouts")
+    group.add_argument("--num-rollout", type=int, default=16, help="number of rollouts")
     group.add_argument("--rollout-batch-size", type=int, default=32, help="prompts per rollout")
     group.add_argument("--n-samples-per-prompt", type=int, default=8, help="responses per prompt")
     group.add_argument("--rollout-max-response-len", type=int, default=32, help="longest response in tokens")
@@ -195,7 +197,8 @@ _ABOVE_ZERO = "rollout_temperature lr demo_lr init_method_std"
 
 def flag_of(dest: str) -> str:
     """The flag that sets ``dest``, for messages."""
-    return next(action.option_strings[0] for action in build_parser()._actions if action.dest == dest)
+    flags = (action.option_strings[0] for action in build_parser()._actions if action.dest == dest)
+    return next(flags, "--" + dest.replace("_", "-"))
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -209,6 +212,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"{flag_of(name)} is {getattr(args, name)}; it must be in [0, 1)")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; use --device cpu")
     if args.eps_clip > 1:
         raise InputError(f"--eps-clip is {args.eps_clip}; it must be at most 1")
     if args.num_attention_heads % args.num_query_groups:

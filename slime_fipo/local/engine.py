@@ -99,7 +99,7 @@ class Engine:
             self._save()
         self._train_on_rollouts()
         write_picture(self.directory)
-        self.directory.write_json("summary.json", summarize(self.args, self.directory.metrics()))
+        self.directory.write_json("summary.json", summarize(self.args, self.directory))
 
     # -- base training --
 

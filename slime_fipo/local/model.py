@@ -50,9 +50,8 @@ def initialize_megatron(device: torch.device, num_threads: int) -> None:
     else:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "gloo" if device.type == "cpu" else "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        # Megatron-Core wants process groups; with one process nothing is ever sent, so gloo serves on a GPU too.
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
 

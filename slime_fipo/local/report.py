@@ -6,12 +6,14 @@ Every number comes from ``metrics.jsonl``, so the report is true of what was lef
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import rich.progress
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .run_directory import RunDirectory, replace_file
@@ -110,8 +112,9 @@ def write_picture(directory: RunDirectory) -> None:
     plt.close(figure)
 
 
-def summarize(args: argparse.Namespace, rows: list[dict]) -> dict:
+def summarize(args: argparse.Namespace, directory: RunDirectory) -> dict:
     """Before and after, from the first and last evaluation; FIPO's weights over all rollouts."""
+    rows = directory.metrics()
     heldout = _eval_name(rows)
     evaluations = [row for row in rows if "eval/step" in row]
 
@@ -128,8 +131,23 @@ def summarize(args: argparse.Namespace, rows: list[dict]) -> dict:
         "evaluated_on": heldout.removeprefix("eval/"),
         "before": at(evaluations[0]),
         "after": at(evaluations[-1]),
+        "example": _example(directory.path / "transcripts"),
         "influence_deviation": sum(deviations) / len(deviations) if deviations else None,
     }
+
+
+def _example(transcripts: Path) -> dict | None:
+    """The first held-out prompt that was answered wrong before and right after."""
+    if not (transcripts / "after.jsonl").exists():
+        return None
+    before, after = (
+        [json.loads(line) for line in (transcripts / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("before", "after")
+    )
+    for a, b in zip(before, after, strict=True):
+        if a["reward"] < b["reward"]:
+            return {"prompt": a["prompt"], "responses": [a["response"], b["response"]]}
+    return None
 
 
 def print_summary(console: Console, path: Path, summary: dict) -> None:
@@ -139,6 +157,9 @@ def print_summary(console: Console, path: Path, summary: dict) -> None:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("accuracy", f"{before['accuracy']:.3f}", f"{after['accuracy']:.3f}")
     table.add_row("mean response length", f"{before['response_length']:.1f}", f"{after['response_length']:.1f}")
+    if summary["example"]:
+        texts = (f"a response to {summary['example']['prompt']}", *summary["example"]["responses"])
+        table.add_row(*map(escape, texts))
     if summary["influence_deviation"] is not None:
         table.add_row("mean |f - 1| of the influence weights", "", f"{summary['influence_deviation']:.4f}")
     console.print(table)

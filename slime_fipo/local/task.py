@@ -73,8 +73,10 @@ class ModularSums:
         return prompts | {"demonstrations.jsonl": demonstrations}
 
 
-SUMS = ModularSums("sums", 5, 3, 6, reason_probability=0.4, slip_probability=0.05, lucky_probability=0.3)
-LONG_SUMS = ModularSums("long_sums", 10, 5, 9, reason_probability=0.3, slip_probability=0.03, lucky_probability=0.2)
+SUMS = ModularSums(
+    "sums", 5, 3, 6, reason_probability=0.4, slip_probability=0.02, lucky_probability=0.3, demonstrations=4096
+)
+LONG_SUMS = ModularSums("long_sums", 7, 4, 8, reason_probability=0.35, slip_probability=0.06, lucky_probability=0.2)
 
 
 def write_data(directory: Path = DATA_DIRECTORY) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from . import InputError
 from .data import END, Alphabet, Record
 from .model import packed_logits
 from .objective import reduce_tokens
@@ -28,11 +29,19 @@ def make_optimizer(args: argparse.Namespace, model: GPTModel, lr: float) -> torc
 
 
 def apply_gradient(args: argparse.Namespace, model: GPTModel, optimizer: torch.optim.Optimizer) -> float:
-    """Clip, step, clear. Returns the gradient norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+    """Clip, step, clear. Returns the gradient norm before clipping.
+
+    Raises:
+        InputError: the gradient is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
+    if not math.isfinite(norm):
+        raise InputError(
+            f"training diverged (gradient norm {norm}); choose another --save and a smaller --lr or --demo-lr"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return norm
 
 
 def demonstration_batch(records: list[Record], alphabet: Alphabet, device: torch.device) -> dict[str, list]:
