@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 2
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.installed-local ## train a small model with FIPO on this machine (about 4 minutes, CPU)
+demo: $(VENV)/.installed-local ## train a small model with FIPO on this machine (about 2 minutes, CPU)
 	$(BIN)/slime-fipo local --save runs/demo $(ARGS)
 
 compare: $(VENV)/.installed-local ## DAPO against FIPO, several seeds (about half an hour, CPU)
@@ -25,6 +25,12 @@ compare: $(VENV)/.installed-local ## DAPO against FIPO, several seeds (about hal
 
 test: $(VENV)/.installed-dev ## all tests that need neither a cluster nor a GPU
 	$(BIN)/python -m pytest -m "not cluster" $(ARGS)
+
+test-slime: $(VENV)/.installed-dev $(VENV)/.installed-sglang ## tests against a checkout of slime: SLIME_ROOT=… [MEGATRON_ROOT=…]
+	$(BIN)/python -m pytest -m slime $(ARGS)
+
+test-cluster: $(VENV)/.installed-dev $(VENV)/.installed-cluster ## launch scripts on real Ray and real Slurm, on this machine
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 bench: $(VENV)/.installed-dev ## the README's figures on cost, on a CPU
 	$(BIN)/python -m benchmarks.bench
@@ -46,6 +52,11 @@ $(TORCH_STAMP):
 
 $(VENV)/.installed-%: pyproject.toml $(TORCH_STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+# The parser's flags are all that slime's tests need of SGLang; its dependencies are for GPUs.
+$(VENV)/.installed-sglang: $(VENV)/.installed-slime
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sglang sglang-router
 	touch $@
 
 .PRECIOUS: $(TORCH_STAMP) $(VENV)/.installed-%
