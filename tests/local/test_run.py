@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from .rig import metrics_without_times
@@ -180,9 +181,14 @@ BAD = {
     "group of one": (["--n-samples-per-prompt", "1", "--global-batch-size", "2"], "--n-samples-per-prompt is 1"),
     "alphabet": (["--alphabet", "0123456789"], "line 1: 'prompt' holds '+'"),
     "missing file": (["--prompt-data", "/no/such.jsonl"], "--prompt-data /no/such.jsonl"),
+    "no GPU": (["--device", "cuda"], "--device cuda: torch finds no GPU"),
     "load": (["--load", "/no/such/run"], "--load /no/such/run"),
     "slime root": (["--slime-root", "/no/such/slime"], "--slime-root /no/such/slime"),
 }
+
+
+if torch.cuda.is_available():
+    del BAD["no GPU"]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -232,6 +238,11 @@ def test_nothing_to_learn_from_is_said_and_the_run_ends(local, tmp_path):
     assert "every group of 4 sampling rounds had equal rewards" in result.stdout
     rows = metrics_without_times(tmp_path / "run")
     assert rows[-1]["eval/mine"] == 0 and not any(name.startswith("train/") for row in rows for name in row)
+
+
+def test_divergence_is_said(local, tmp_path):
+    result = local("--save", str(tmp_path / "run"), "--demo-lr", "1e30", check=False)
+    assert result.returncode == 2 and "training diverged" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_help_shows_every_flag():
