@@ -133,5 +133,6 @@ def test_a_cancelled_job_is_not_requeued(slurm, tmp_path):
     job.wait_for_rollouts(1)
     slurm.run("scancel", job.id)
     job.wait_for(lambda: job.state() == "CANCELLED", 240, "not cancelled")
+    job.wait_for(lambda: "ended with status" in job.log(), 240, "the script did not come to its end")
     job.wait_for(lambda: not slurm.processes_of_nodes(), 240, "processes of the job are left")
     assert slurm_restarts(job) == 0 and "requeueing" not in job.log()
