@@ -122,9 +122,9 @@ def test_a_relative_script_from_its_own_directory(directory):
 
 
 def test_found_through_the_current_directory_alone_it_stays_importable(directory):
-    script = write(directory, "import slime_fipo.plugin.arguments, sys\nprint(sys.path[0], sys.path[-1])")
+    script = write(directory, "import slime_fipo.version, sys\nprint(sys.path[0], slime_fipo.version.__file__)")
     run = start(["-m", "slime_fipo"], script, PYTHONPATH="")
-    assert run.stdout.split() == [str(directory), str(REPOSITORY)], run.stderr
+    assert run.stdout.split() == [str(directory), str(REPOSITORY / "slime_fipo" / "version.py")], run.stderr
 
 
 def test_parser_is_extended_whenever_the_script_imports_it(directory):
