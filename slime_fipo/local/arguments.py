@@ -155,7 +155,7 @@ def _add_base_arguments(group) -> None:
         "labels as responses for your own",
     )
     group.add_argument("--demo-response-key", default="response", help="JSON key of the response")
-    group.add_argument("--demo-steps", type=int, default=500, help="optimizer steps")
+    group.add_argument("--demo-steps", type=int, default=400, help="optimizer steps")
     group.add_argument("--demo-batch-size", type=int, default=64, help="demonstrations per step")
     group.add_argument("--demo-lr", type=float, default=2e-3, help="peak learning rate; linear warm-up, cosine decay")
 
