@@ -262,6 +262,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
             capture_output=True,
             text=True,
             timeout=120,
+            restore_signals=False,  # SIGPIPE stays ignored: Slurm's clients mend a broken connection themselves
         )
         if result.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}: exit {result.returncode}, {result.stderr.strip()}")
