@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .packed import check_tokens, per_response_sum, per_token, to_device
-from .scan import solve_recurrence
+from .scan import log2_decay_of, solve_recurrence
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ContextParallel:
         until = counted.cumsum(0, dtype=torch.int32)
         at_end = torch.cat([until, until.new_zeros(1)])[to_device(ends - 1, local.device)]
         remaining = per_token(at_end, segments) - until + counted
-        decay = torch.exp2(remaining.to(local.dtype) * (-1.0 / decay_rate))
+        decay = torch.exp2(remaining.to(local.dtype) * log2_decay_of(decay_rate))
         return torch.addcmul(local, decay, per_token(behind, segments)), all_counts
 
     def exchange(
@@ -131,6 +131,6 @@ class ContextParallel:
         distance = distance.view(-1, chunks.shape[1])
         distance[:, -1] = math.inf
         if head.numel():
-            head = solve_recurrence(head, distance.flatten(), -1.0 / decay_rate)
+            head = solve_recurrence(head, distance.flatten(), log2_decay_of(decay_rate))
         behind = torch.cat([head.view(-1, chunks.shape[1])[:, 1:], head.new_zeros(chunks.shape[0], 1)], dim=1)
         return self._own(behind).flatten(), all_counts.sum(0)

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .config import IMPLEMENTATIONS
 from .packed import check_lengths, check_tokens
-from .scan import scan_future_kl
+from .scan import log2_decay_of, scan_future_kl
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def chunked_future_kl(shift: Tensor, lengths: Tensor, decay_rate, decay_mask, ch
     for start in range(0, length, chunk_size):
         stop = min(start + chunk_size, length)
         distance = position[:, None, start:stop] - position[:, :stop, None]  # [1 or B, stop, K], k − t
-        decay = torch.exp2(distance / -decay_rate)
+        decay = torch.exp2(distance * log2_decay_of(decay_rate))
         decay = torch.where(row[start:stop] >= row[:stop, None], decay, 0)  # the future only: k ≥ t
         future[:, :stop] += (decay @ x[:, start:stop, None]).squeeze(-1)
     return torch.cat([future[i, :n] for i, n in enumerate(sizes)])

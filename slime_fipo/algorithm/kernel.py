@@ -33,6 +33,7 @@ from torch import Tensor
 from .config import SAFETY_BOUNDS, FipoConfig
 from .context_parallel import ContextParallel
 from .packed import to_device
+from .scan import log2_decay_of
 
 BLOCK = 1024  # tokens per program
 TILE = 128  # block sums per step of the sum over later blocks
@@ -425,7 +426,7 @@ def _cut(log_probs, old_log_probs, loss_mask, lengths, decay_rate, over_trained,
         distances=log_probs.new_empty(grid, dtype=torch.int32) if over_trained else None,
         max_shift=max_shift,
         log_c=log_c,
-        log2_decay=max(-1.0 / float(decay_rate), -1e30),  # finite in float32, so that no distance is still no decay
+        log2_decay=log2_decay_of(decay_rate),
         OVER_TRAINED=over_trained,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,

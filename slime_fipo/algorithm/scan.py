@@ -21,7 +21,12 @@ def scan_future_kl(shift: Tensor, lengths: Tensor, decay_rate: float, decay_mask
     """F [T] of a finite shift [T] in float32 or float64; ``lengths`` is an int64 CPU tensor [B]."""
     distance = torch.ones_like(shift) if decay_mask is None else (decay_mask != 0).to(shift.dtype)
     distance.index_fill_(0, to_device(last_tokens(lengths), shift.device), math.inf)
-    return solve_recurrence(shift, distance, -1.0 / decay_rate)
+    return solve_recurrence(shift, distance, log2_decay_of(decay_rate))
+
+
+def log2_decay_of(decay_rate: float) -> float:
+    """log2 γ = −1/τ, kept finite and below 0 in float32: no distance is no decay, an infinite one decays to 0."""
+    return min(max(-1.0 / float(decay_rate), -1e30), -1e-30)
 
 
 def solve_recurrence(x: Tensor, distance: Tensor, log2_decay: float) -> Tensor:

@@ -359,8 +359,9 @@ def _checkpoints(command: Command, config: FipoConfig | None) -> Iterator[Findin
     ):
         if isinstance(positions, int) and longest and longest > positions:
             yield _error(
-                f"prompt and {flag} make up to {longest} tokens, and {file} declares {positions} positions; shorten them"
-                f" or extend it: python3 -m slime_fipo.recipes.extend_context {args.hf_checkpoint} NEW --positions N"
+                f"prompt and {flag} make up to {longest} tokens, and {file} declares {positions} positions;"
+                " shorten them or extend it:"
+                f" python3 -m slime_fipo.recipes.extend_context {args.hf_checkpoint} NEW --positions N"
             )
             break
 

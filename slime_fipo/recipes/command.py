@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..plugin.arguments import add_arguments
-from .arguments import add_recipe_arguments
+from ..plugin.recipe_arguments import add_recipe_arguments
 
 # name: default, as in slime v0.3.0 to main 624b824a and the Megatron-LM that they pin
 _INTEGERS = {

@@ -66,6 +66,22 @@ def test_long_responses(impl, decay_rate):
     assert worst_error(result, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("decay_rate", [5e-324, 1e-310, 1e-30, 1e300])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_extreme_half_lives(impl, decay_rate, dtype):
+    """At τ → 0 only tokens at no distance count, at τ → ∞ all do, and a mask may leave tokens at no distance."""
+    lengths = [1, 0, 40, 129]
+    shift, _ = make_shift(5, lengths, sigma=1.0)
+    mask = np.random.default_rng(2).random(len(shift)) < 0.5
+    for decay_mask in (None, mask):
+        # From 1e-4 tokens down, 2^(−1/τ) is 0 in float64 too; the oracle is spared the overflow.
+        expected = oracle.future_kl(shift, lengths, max(decay_rate, 1e-4), decay_mask)
+        given_mask = None if decay_mask is None else torch.from_numpy(decay_mask)
+        result = future_kl(torch.from_numpy(shift).to(dtype), lengths, decay_rate, decay_mask=given_mask, impl=impl)
+        assert worst_error(result, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_float64_stays_float64(impl):
     lengths = [300, 0, 129]

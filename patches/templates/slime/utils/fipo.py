@@ -144,6 +144,8 @@ def validate_fipo_args(args: argparse.Namespace) -> None:
 
 #: algorithm.scan scan_future_kl
 
+#: algorithm.scan log2_decay_of
+
 #: algorithm.scan solve_recurrence
 
 #: algorithm.context_parallel ContextParallel
