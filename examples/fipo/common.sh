@@ -11,7 +11,7 @@
 #   SLIME_DIR, MEGATRON_DIR                checkouts, at the same path on every node
 #   NUM_NODES, GPUS_PER_NODE, TP, PP, CP, ROLLOUT_GPUS_PER_ENGINE, MAX_TOKENS_PER_GPU, SGLANG_MEM_FRACTION
 #   ROLLOUT_BATCH_SIZE, N_SAMPLES_PER_PROMPT, GLOBAL_BATCH_SIZE, OVER_SAMPLING_BATCH_SIZE, NUM_ROLLOUT
-#   MAX_PROMPT_LEN, MAX_RESPONSE_LEN, OVERLONG_BUFFER_LEN
+#   WARMUP_ROLLOUTS, MAX_PROMPT_LEN, MAX_RESPONSE_LEN, OVERLONG_BUFFER_LEN
 #   EVAL_INTERVAL, EVAL_SAMPLES, SAVE_INTERVAL, WANDB_PROJECT (empty: no wandb)
 #   CHECK=0         submit without `slime-fipo check`
 #   DRY_RUN=1       print the command and do nothing
@@ -48,12 +48,16 @@ N_SAMPLES_PER_PROMPT="${N_SAMPLES_PER_PROMPT:-16}"
 GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-64}"
 OVER_SAMPLING_BATCH_SIZE="${OVER_SAMPLING_BATCH_SIZE:-$((2 * ROLLOUT_BATCH_SIZE))}"
 NUM_ROLLOUT="${NUM_ROLLOUT:-300}"
+# The paper's 10 warm-up steps are verl's, which counts rollouts; slime counts optimizer steps. At most half of a short run.
+WARMUP_ROLLOUTS="${WARMUP_ROLLOUTS:-$((NUM_ROLLOUT < 20 ? NUM_ROLLOUT / 2 : 10))}"
 MAX_PROMPT_LEN="${MAX_PROMPT_LEN:-2048}"
 MAX_RESPONSE_LEN="${MAX_RESPONSE_LEN:-10240}"
 OVERLONG_BUFFER_LEN="${OVERLONG_BUFFER_LEN:-2048}"
 EVAL_INTERVAL="${EVAL_INTERVAL:-5}"
 EVAL_SAMPLES="${EVAL_SAMPLES:-32}"
 SAVE_INTERVAL="${SAVE_INTERVAL:-5}"
+# Told to stop, a run finishes its rollout and saves, which takes minutes.
+RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-1500}"
 
 launch() {
    local -a loss_args eval_data=() wandb_args=()
@@ -139,7 +143,9 @@ launch() {
       --optimizer adam
       --lr 1e-6
       --lr-decay-style constant
-      --lr-warmup-iters 10
+      --lr-warmup-iters "$((WARMUP_ROLLOUTS * ROLLOUT_BATCH_SIZE * N_SAMPLES_PER_PROMPT / GLOBAL_BATCH_SIZE))"
+      # a continued run may have another NUM_ROLLOUT than its checkpoint; the rate is constant either way
+      --override-opt-param-scheduler
       --weight-decay 0.1
       # torch's and verl's second moment, as in the paper; slime's own scripts take 0.98
       --adam-beta1 0.9

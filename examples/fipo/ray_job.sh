@@ -5,7 +5,7 @@
 #   RAY_ADDRESS      http://HOST:PORT of a cluster's job API (its dashboard). Empty: start a Ray of our own on this node
 #                    and stop it, and nothing else, at the end. Other Rays on the host are left alone.
 #   RAY_PORT, RAY_DASHBOARD_PORT, RAY_AGENT_PORT, RAY_CLIENT_PORT    ports of a Ray of our own
-#   RAY_JOB_STOP_WAIT_TIME_S    seconds that a stopped job may take to end by itself (Ray's own variable)
+#   RAY_JOB_STOP_WAIT_TIME_S    seconds that a stopped job may take to end by itself (Ray's own variable; 60)
 #   DRY_RUN=1        print the command and do nothing
 
 RAY_PID=
@@ -19,9 +19,24 @@ quoted() {
    printf '%s\n' "${line% }"
 }
 
-# env_json NAME=VALUE...: Ray's runtime environment
+# env_json NAME=VALUE...: Ray's runtime environment. Ray's job supervisor, which stops a job, runs in it too.
 env_json() {
-   python3 -c 'import json, sys; print(json.dumps({"env_vars": dict(a.split("=", 1) for a in sys.argv[1:])}))' "$@"
+   python3 -c 'import json, sys; print(json.dumps({"env_vars": dict(a.split("=", 1) for a in sys.argv[1:])}))' \
+      "$@" "RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}"
+}
+
+# check_quoting WORD...: older Rays' `ray job submit` joins the words by Windows' rules and hands the line to sh
+check_quoting() {
+   python3 - "$@" <<'EOF'
+import re
+import sys
+
+from ray.dashboard.modules.job import cli
+
+odd = [word for word in sys.argv[1:] if re.search(r"[$`'&;|<>()*?\\~#\n]", word)]
+if odd and not hasattr(cli, "shlex"):
+    sys.exit(f"this Ray does not quote {odd[0]!r} for the shell; upgrade Ray, or use a name without such characters")
+EOF
 }
 
 # listening PORT: whether something on this host answers there
@@ -74,9 +89,9 @@ stop_own_ray() {
 
 # A stopped job gets SIGTERM and RAY_JOB_STOP_WAIT_TIME_S to end; following its log ends when it has.
 stop_job() {
-   trap '' INT TERM
-   echo "stopping Ray job ${JOB_ID}" >&2
-   RAY_ADDRESS="${RAY_ADDRESS}" ray job stop "${JOB_ID}" >&2 || true
+   trap 'exit 143' INT TERM
+   echo "stopping Ray job ${JOB_ID}, which has ${RAY_JOB_STOP_WAIT_TIME_S:-60} s to end; a second signal does not wait" >&2
+   RAY_ADDRESS="${RAY_ADDRESS}" ray job stop --no-wait "${JOB_ID}" >&2 || true
    [[ -z ${SUBMIT_PID} ]] || wait "${SUBMIT_PID}" || true
    exit 143
 }
@@ -90,7 +105,8 @@ submit() {
          --runtime-env-json "${environment}" -- "$@"
       return
    fi
-   export PYTHONUNBUFFERED=1 RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-60}"
+   check_quoting "$@"
+   export PYTHONUNBUFFERED=1
    trap stop_own_ray EXIT
    trap 'exit 143' INT TERM
    [[ -n ${RAY_ADDRESS:-} ]] || own_ray "${gpus}"

@@ -78,7 +78,7 @@ def standing_cluster(short_directory):
 
 def test_a_given_cluster_runs_the_job(standing_cluster, short_directory, bystander, tmp_path):
     address, ray = standing_cluster
-    save = tmp_path / "run 1"  # a space: every expansion is quoted
+    save = tmp_path / "run $HOME 'of' 1; true"  # every expansion is quoted, also by Ray
     env = environment(short_directory, save, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     result = subprocess.run(
         [*LAUNCH, "--num-rollout", "2"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
@@ -96,6 +96,38 @@ def test_a_failing_job_fails_the_script(standing_cluster, short_directory, tmp_p
     )
     assert result.returncode not in (0, 143)
     assert "--fipo-decay-rate" in result.stdout, "the job's log is streamed"
+
+
+SLOW_TO_END = """
+import signal, sys, time
+from pathlib import Path
+
+def end(*_):
+    time.sleep(8)
+    Path(sys.argv[1], "saved").touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, end)
+Path(sys.argv[1], "started").touch()
+time.sleep(600)
+"""
+
+
+def test_a_stopped_job_has_its_time_to_end(standing_cluster, short_directory, tmp_path):
+    """On a cluster that knows nothing of RAY_JOB_STOP_WAIT_TIME_S, where Ray by itself leaves 3 s."""
+    (tmp_path / "slow.py").write_text(SLOW_TO_END)
+    env = environment(short_directory, tmp_path, RAY_ADDRESS=standing_cluster[0], RAY_AUTH_MODE="disabled")
+    program = 'source "$1"; submit 0 "$(env_json)" python3 "$2" "$3"'
+    words = [str(EXAMPLES / "ray_job.sh"), str(tmp_path / "slow.py"), str(tmp_path)]
+    launch = subprocess.Popen(["bash", "-c", program, "-", *words], env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "started").exists():
+        assert launch.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    launch.terminate()
+    errors = launch.communicate(timeout=300)[1]
+    assert launch.returncode == 143 and "which has 60 s to end" in errors
+    assert (tmp_path / "saved").exists(), errors
 
 
 def test_its_own_ray_ends_with_the_script_and_no_other_does(standing_cluster, short_directory, bystander, tmp_path):

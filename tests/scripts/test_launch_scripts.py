@@ -64,7 +64,7 @@ PAPER_COMMON = {
     "--optimizer": "adam",
     "--lr": "1e-6",
     "--lr-decay-style": "constant",
-    "--lr-warmup-iters": "10",
+    "--override-opt-param-scheduler": None,
     "--weight-decay": "0.1",
     "--clip-grad": "1.0",
     "--entropy-coef": "0.0",
@@ -99,6 +99,8 @@ def test_the_papers_runs_have_the_papers_numbers(script, loss):
     assert "--use-rollout-logprobs" not in found, "old log-probs are the trainer's"
     assert "--use-kl-loss" not in found
     assert found["--actor-num-nodes"] == ["1" if script == MATH_7B else "16"]
+    # 10 steps of verl's are 10 rollouts, of 8 or 16 optimizer steps
+    assert found["--lr-warmup-iters"] == ["80" if loss == "fipo_loss" else "160"]
     if loss == "policy_loss":
         assert found["--loss-type"] == ["policy_loss"] and found["--eps-clip-c"] == ["10.0"]
         assert not any(name.startswith("--fipo") for name in found)
@@ -135,6 +137,13 @@ def gigabytes_per_gpu(args, longest: int) -> float:
     logits = tokens * args.vocab_size * 4 * 3 / tp / 1e9
     inputs = tokens * args.hidden_size * 2 * args.num_layers / tp / pp / 1e9
     return states + logits + inputs
+
+
+def test_a_short_run_warms_up_over_half_of_it_at_most():
+    script = EXAMPLES / "run-qwen3-4B.sh"  # 8 steps per rollout
+    for rollouts, steps in (("1", "0"), ("2", "8"), ("19", "72"), ("20", "80"), ("300", "80")):
+        assert of(script, NUM_ROLLOUT=rollouts)["--lr-warmup-iters"] == [steps]
+    assert of(script, WARMUP_ROLLOUTS="3")["--lr-warmup-iters"] == ["24"]
 
 
 @by_script
@@ -182,6 +191,7 @@ def test_the_runtime_environment_is_json_with_every_checkout():
     environment = json.loads(words[words.index("--runtime-env-json") + 1])["env_vars"]
     assert environment["PYTHONPATH"] == f'{ROOT}:/a "b"/slime:/m'
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == environment["SLIME_FIPO_SAVE_ON_SIGTERM"] == "1"
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "1500"
 
 
 @pytest.mark.parametrize(
