@@ -27,9 +27,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slime)
 
 
+def importable_clone() -> Path | None:
+    """The clone that ``import slime`` comes from, as in slime's container; PyPI's ``slime`` is something else."""
+    spec = importlib.util.find_spec("slime")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        root = Path(folder).parent
+        if (root / ".git").exists() and (root / "slime" / "backends" / "megatron_utils").is_dir():
+            return root
+    return None
+
+
 @pytest.fixture(scope="session")
 def slime_clone() -> Path:
-    root = os.environ.get("SLIME_ROOT")
+    root = os.environ.get("SLIME_ROOT") or importable_clone()
     if not root:
         pytest.skip(f"SLIME_ROOT is not set; to run against slime: {ENABLE}")
     if not (Path(root) / ".git").exists():
