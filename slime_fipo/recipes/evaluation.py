@@ -6,6 +6,8 @@ and logs beside slime's own ``eval/`` metrics.
 
 from __future__ import annotations
 
+import functools
+import logging
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +20,8 @@ from .filters import accuracy_of
 
 NO_ANSWER = (None, "", "[INVALID]")  # the last is what slime's DAPO verifier says when it finds none
 RESAMPLES = 2000
+
+logger = logging.getLogger(__name__)
 
 
 def avg_at_k(correct: Sequence[float]) -> float:
@@ -116,7 +120,8 @@ def log_eval_rollout_data(rollout_id: int, args: Namespace, data: dict, extra_me
 
     Args:
         data: per benchmark a dictionary whose ``samples`` are in slime's order, k consecutive indices per problem,
-            and carry reward dictionaries with ``acc`` and ``pred``.
+            and carry reward dictionaries with ``acc`` and ``pred``. A benchmark whose rewards have no ``acc`` is left
+            out, with one warning: slime's own metrics of it follow anyway.
 
     Returns:
         False, which tells slime to go on with its own logging.
@@ -129,11 +134,25 @@ def log_eval_rollout_data(rollout_id: int, args: Namespace, data: dict, extra_me
         if not benchmark.get("samples"):
             continue
         k = samples_per_problem.get(name) or args.n_samples_per_eval_prompt
-        metrics = evaluate(_by_problem(benchmark["samples"], k))
+        try:
+            problems = _by_problem(benchmark["samples"], k)
+        except (ValueError, TypeError):
+            _warn_of_no_accuracy(name)
+            continue
+        metrics = evaluate(problems)
         log_dict.update({f"eval/{name}/{metric}": value for metric, value in metrics.items()})
     if log_dict:
         tracking.log(args, rollout_id, log_dict, step_key="eval/step")
     return False
+
+
+@functools.cache  # once per run, not at every evaluation
+def _warn_of_no_accuracy(benchmark: str) -> None:
+    logger.warning(
+        "the rewards of %s have no 'acc', so avg@k, cons@k and pass@k leave it out; use"
+        " --custom-rm-path slime_fipo.recipes.reward.dapo_math_reward, or a reward that returns it",
+        benchmark,
+    )
 
 
 def _by_problem(samples: list, samples_per_problem: int) -> list[tuple[tuple, tuple]]:

@@ -1,12 +1,16 @@
 """avg@k, cons@k, pass@k and their intervals on hand-worked cases, by enumeration, and by their properties."""
 
+import logging
+from argparse import Namespace
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slime_fipo.recipes import evaluation
 from slime_fipo.recipes.evaluation import avg_at_k, bootstrap_interval, cons_at_k, evaluate, pass_at_k
 
 verdicts = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=8)
@@ -111,3 +115,22 @@ def test_problems_with_fewer_samples_bound_k():
     assert "avg@6" in metrics
     assert sorted(name for name in metrics if name.startswith("pass@") and "_" not in name) == ["pass@2", "pass@3"]
     assert not any(name.startswith("pass@") for name in evaluate([(["1"], [1])]))
+
+
+@pytest.mark.parametrize("reward", [1.0, {"score": 1.0}, None, {"acc": "yes"}, {"acc": None}])
+def test_a_benchmark_without_accuracy_is_left_out_with_one_warning(reward, monkeypatch, caplog):
+    logged = []
+    monkeypatch.setattr(evaluation.tracking, "log", lambda args, rollout_id, metrics, step_key: logged.append(metrics))
+    evaluation._warn_of_no_accuracy.cache_clear()
+    args = Namespace(n_samples_per_eval_prompt=2, eval_datasets=None)
+    right = {"acc": 1.0, "pred": "7"}
+    data = {
+        "gpqa": {"samples": [SimpleNamespace(index=i, reward=reward) for i in range(4)]},
+        "aime": {"samples": [SimpleNamespace(index=i, reward=right) for i in range(4)]},
+    }
+    with caplog.at_level(logging.WARNING):
+        assert evaluation.log_eval_rollout_data(0, args, data) is False
+        assert evaluation.log_eval_rollout_data(5, args, data) is False
+    assert [record.getMessage().partition(" have no")[0] for record in caplog.records] == ["the rewards of gpqa"]
+    assert [metrics["eval/aime/avg@2"] for metrics in logged] == [1.0, 1.0]
+    assert not any("gpqa" in name for metrics in logged for name in metrics)
