@@ -1,4 +1,5 @@
-"""Each model script describes the published model: parameters counted here from its flags, and slime's own script."""
+"""Each model script describes the published model: its shape, parameters counted here from its flags, and slime's own
+script."""
 
 import os
 from pathlib import Path
@@ -6,27 +7,18 @@ from pathlib import Path
 import pytest
 
 from .bash import MODELS, flags, model_args
+from .published import PUBLISHED, Shape, model_of
 
-# Billions of parameters, as published, embeddings included.
-PUBLISHED = {
-    "qwen2.5-1.5B": 1.54,
-    "qwen2.5-3B": 3.09,
-    "qwen2.5-7B": 7.61,
-    "qwen2.5-14B": 14.7,
-    "qwen2.5-32B": 32.5,
-    "qwen2.5-math-1.5B": 1.54,
-    "qwen2.5-math-7B": 7.61,
-    "qwen3-0.6B": 0.6,
-    "qwen3-1.7B": 1.7,
-    "qwen3-4B": 4.0,
-    "qwen3-8B": 8.2,
-    "qwen3-14B": 14.8,
-    "qwen3-32B": 32.8,
-    "qwen3.5-0.8B": 0.8,
-    "qwen3.5-2B": 2.0,
-    "qwen3.5-4B": 4.0,
-    "qwen3.5-9B": 9.0,
-    "qwen3.5-27B": 27.0,
+NUMBERS = {
+    "--num-layers",
+    "--hidden-size",
+    "--ffn-hidden-size",
+    "--num-attention-heads",
+    "--num-query-groups",
+    "--kv-channels",
+    "--vocab-size",
+    "--rotary-base",
+    "--norm-epsilon",
 }
 # Qwen3.5's delta-net layers, three of every four, whose sizes are not among the flags: value heads (16 key heads and a
 # head dimension of 128 in all), as the model cards say.
@@ -71,7 +63,41 @@ def test_there_is_a_script_for_every_model():
 def test_parameter_count_is_the_published_one(script):
     family, _, size = script.stem.partition("-")
     heads, tolerance = (DELTA_NET_VALUE_HEADS[size], 0.10) if family == "qwen3.5" else (None, 0.02)
-    assert parameters(model_args(script), heads) / 1e9 == pytest.approx(PUBLISHED[script.stem], rel=tolerance)
+    assert parameters(model_args(script), heads) / 1e9 == pytest.approx(PUBLISHED[script.stem].billions, rel=tolerance)
+
+
+@pytest.mark.parametrize("script", MODELS, ids=lambda s: s.stem)
+def test_every_flag_is_the_published_models(script):
+    given = flags(model_args(script))
+    number = {name: float(values[0]) for name, values in given.items() if name in NUMBERS}
+    heads = int(number["--num-attention-heads"])
+    assert (
+        Shape(
+            billions=PUBLISHED[script.stem].billions,  # counted in a test of its own
+            layers=number["--num-layers"],
+            hidden=number["--hidden-size"],
+            ffn=number["--ffn-hidden-size"],
+            heads=heads,
+            groups=number["--num-query-groups"],
+            head_dim=number.get("--kv-channels", number["--hidden-size"] // heads),
+            vocabulary=number["--vocab-size"],
+            tied="--untie-embeddings-and-output-weights" not in given,
+            rope_base=number["--rotary-base"],
+            eps=number["--norm-epsilon"],
+        )
+        == PUBLISHED[script.stem]
+    )
+    family = script.stem.partition("-")[0]
+    assert ("--add-qkv-bias" in given) == (family == "qwen2.5")
+    assert ("--qk-layernorm" in given) == (family != "qwen2.5")
+    for flag in ("--attention-output-gate", "--apply-layernorm-1p", "--spec"):
+        assert (flag in given) == (family == "qwen3.5"), flag
+    assert given.get("--rotary-percent", ["1.0"]) == (["0.25"] if family == "qwen3.5" else ["1.0"])
+
+
+def test_a_folder_is_its_most_specific_model():
+    assert model_of("Qwen2.5-Math-7B-32k") == "qwen2.5-math-7B"
+    assert model_of("Qwen3.5-0.8B-Base") == "qwen3.5-0.8B"
 
 
 def test_math_models_differ_from_the_base_models_in_the_rope_base_alone():
