@@ -1,4 +1,5 @@
-"""A train command as slime would read it, without slime: the flags that ``check.py`` looks at, with slime's defaults.
+"""A train command as slime would read it, without slime: the flags that ``check.py`` looks at, with slime's defaults,
+and the two files in which a command keeps flags, ``--custom-config-path`` and ``--eval-config``.
 
 slime's real parser needs slime, Megatron and SGLang, and ignores flags that it does not know. This one needs none of
 them, knows what it has to judge, and keeps what it does not know for a look at the spelling.
@@ -8,8 +9,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ..plugin.arguments import add_arguments
 from ..plugin.recipe_arguments import add_recipe_arguments
@@ -31,10 +36,13 @@ _INTEGERS = {
     "max-position-embeddings": None,
     "max-tokens-per-gpu": None,
     "micro-batch-size": 1,
+    "moe-ffn-hidden-size": None,
+    "moe-shared-expert-intermediate-size": None,
     "n-samples-per-eval-prompt": 1,
     "n-samples-per-prompt": 1,
     "num-attention-heads": None,
     "num-epoch": None,
+    "num-experts": None,
     "num-gpus-per-node": 8,
     "num-layers": None,
     "num-query-groups": None,
@@ -52,6 +60,8 @@ _INTEGERS = {
     "tensor-model-parallel-size": 1,
     "vocab-size": None,
 }
+# All others are at least 1: no batch, group or length is empty. --num-rollout 0 evaluates alone.
+_MINIMUM = {"lr-warmup-iters": 0, "num-rollout": 0, "rollout-num-gpus": 0}
 _FLOATS = {
     "entropy-coef": 0.0,
     "eps-clip": 0.2,
@@ -87,6 +97,8 @@ _STRINGS = {
     "input-key": "input",
     "label-key": None,
     "load": None,
+    "load-debug-rollout-data": None,
+    "moe-layer-freq": None,
     "prompt-data": None,
     "ref-load": None,
     "reward-key": None,
@@ -95,6 +107,7 @@ _STRINGS = {
     "save": None,
 }
 _SWITCHES = (
+    "add-qkv-bias",
     "allgather-cp",
     "attention-output-gate",
     "calculate-per-token-loss",
@@ -104,18 +117,37 @@ _SWITCHES = (
     "get-mismatch-metrics",
     "group-query-attention",
     "no-rope-fusion",
+    "normalize-advantages",
+    "override-opt-param-scheduler",
     "qk-layernorm",
+    "rollout-external",
     "sequence-parallel",
     "swiglu",
     "untie-embeddings-and-output-weights",
+    "use-checkpoint-opt-param-scheduler",
     "use-dynamic-batch-size",
     "use-kl-loss",
     "use-rollout-logprobs",
     "use-tis",
 )
-_LISTS = ("eval-prompt-data", "spec")
-# Flags of slime's that are one letter away from others above; not judged, and no misspelling.
-_LOOKALIKES = ("eval-top-k", "rollout-top-k", "adam-beta1", "adam-beta2", "no-load", "no-save", "tis-clip")
+_LISTS = ("eval-prompt-data", "rollout-external-engine-addrs", "spec")
+# Flags of slime's that are not judged, and no misspelling of those above, but may be misspelt themselves.
+_UNJUDGED = (
+    "adam-beta1",
+    "adam-beta2",
+    "clip-grad",
+    "eval-top-k",
+    "lr-decay-style",
+    "lr-warmup-fraction",
+    "lr-warmup-init",
+    "lr-warmup-samples",
+    "no-load",
+    "no-save",
+    "rollout-top-k",
+    "save-hf",
+    "tis-clip",
+)
+OWN_PREFIXES = ("--fipo-", "--no-fipo-", "--overlong-")
 
 
 class CommandError(ValueError):
@@ -123,13 +155,32 @@ class CommandError(ValueError):
 
 
 @dataclass(frozen=True)
+class EvalDataset:
+    """One benchmark. None: what the command's flags say."""
+
+    source: str  # the flag that names it, with its file
+    name: str
+    path: str
+    input_key: str | None = None
+    label_key: str | None = None
+    max_response_len: int | None = None
+    rm_type: str | None = None
+    custom_rm_path: str | None = None
+
+
+@dataclass(frozen=True)
 class Command:
-    """A train command. ``args`` has slime's names; ``script`` is None when only arguments were given."""
+    """A train command. ``args`` has slime's names and, as in slime, the values of ``--custom-config-path`` over them;
+    ``script`` is None when only arguments were given; ``own_flags`` are those given that only we know; ``errors`` say
+    what is wrong with the files that hold flags."""
 
     args: argparse.Namespace
     launcher: bool
     script: str | None
-    misspelt: tuple[tuple[str, str], ...]
+    misspelt: tuple[tuple[str, str], ...] = ()
+    own_flags: tuple[str, ...] = ()
+    eval_datasets: tuple[EvalDataset, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,9 +188,22 @@ class _Parser(argparse.ArgumentParser):
         raise CommandError(message)
 
 
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"it is {value}; it must be at least {minimum}")
+        return value
+
+    integer.wanted = f"a whole number of at least {minimum}"
+    return integer
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    for names, kind in ((_INTEGERS, int), (_FLOATS, float), (_STRINGS, str)):
+    parser = _Parser(add_help=False, allow_abbrev=False)  # as Megatron's: an abbreviated flag is an unknown one
+    for name, default in _INTEGERS.items():
+        parser.add_argument(f"--{name}", type=_at_least(_MINIMUM.get(name, 1)), default=default)
+    for names, kind in ((_FLOATS, float), (_STRINGS, str)):
         for name, default in names.items():
             parser.add_argument(f"--{name}", type=kind, default=default)
     for name in _SWITCHES:
@@ -154,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse_command(tokens: Sequence[str]) -> Command:
-    """Read a train command.
+    """Read a train command and the files that hold flags of it.
 
     Args:
         tokens: the arguments of slime's train script; the script and whatever stands before it (``python3 -m slime_fipo
@@ -171,19 +235,158 @@ def parse_command(tokens: Sequence[str]) -> Command:
         if token.endswith(".py") and not any(t.startswith("--") for t in tokens[first_flag:i])
     ]
     script = scripts[-1] if scripts else None
-    launcher = script is None or "slime_fipo" in tokens[:script]
+    arguments = tokens if script is None else tokens[script + 1 :]
     parser = _parser()
-    args, unknown = parser.parse_known_args(tokens if script is None else tokens[script + 1 :])
+    args, unknown = parser.parse_known_args(arguments)
+    args.debug_train_only |= args.load_debug_rollout_data is not None
+    errors: list[str] = []
+    eval_datasets = tuple(_eval_datasets(args, errors))  # before the YAML's values, as in slime
+    errors.extend(_merge_custom_config(args, parser))
 
-    known = [option for action in parser._actions for option in action.option_strings]
-    known_or_alike = [*known, *(f"--{name}" for name in _LOOKALIKES)]
-    misspelt = []
-    for token in unknown:
-        flag = token.partition("=")[0]
-        if not flag.startswith("--") or flag in known_or_alike:
+    given = [token.partition("=")[0] for token in arguments if token.startswith("--")]
+    unknown = [token.partition("=")[0] for token in unknown if token.startswith("--")]
+    return Command(
+        args,
+        launcher=script is None or "slime_fipo" in tokens[:script],
+        script=None if script is None else tokens[script],
+        misspelt=tuple(_misspelt(unknown, parser)),
+        own_flags=tuple(flag for flag in given if flag.startswith(OWN_PREFIXES) and flag not in unknown),
+        eval_datasets=eval_datasets,
+        errors=tuple(errors),
+    )
+
+
+def _misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """Flags that slime will ignore, and what they may have been meant for."""
+    judged = [option for action in parser._actions for option in action.option_strings]
+    known = [*judged, *(f"--{name}" for name in _UNJUDGED)]
+    for flag in unknown:
+        dashed = flag.replace("_", "-")
+        if flag in known:
             continue
-        ours = flag.startswith(("--fipo-", "--no-fipo-", "--overlong-"))
-        close = difflib.get_close_matches(flag, known, n=1, cutoff=0.6 if ours else 0.94)
-        if ours or close:
-            misspelt.append((flag, close[0] if close else ""))
-    return Command(args, launcher, None if script is None else tokens[script], tuple(misspelt))
+        if dashed in known:
+            yield flag, dashed
+            continue
+        longer = [name for name in judged if name.startswith(f"{flag}-")]
+        ours = flag.startswith(OWN_PREFIXES)
+        close = difflib.get_close_matches(dashed, known, n=1, cutoff=0.6 if ours else 0.94)
+        if ours or close or len(longer) == 1:
+            yield flag, (longer if len(longer) == 1 else [*close, ""])[0]
+
+
+# -- files that hold flags --
+
+
+def _read_mapping(flag: str, path: str) -> dict:
+    """A YAML file's mapping; empty files are empty mappings.
+
+    Raises:
+        CommandError: the file cannot be read or holds something else.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CommandError(f"{flag} {path} cannot be read ({error.strerror}); check the path") from None
+    except (yaml.YAMLError, ValueError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "" if line is None else f" (line {line + 1})"
+        raise CommandError(f"{flag} {path} is no YAML{where}; mend it") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise CommandError(f"{flag} {path} holds no mapping of names to values; write one 'name: value' per line")
+    return data
+
+
+def _merge_custom_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Put the YAML's values over the flags', as slime does; yields what is wrong with them."""
+    path = args.custom_config_path
+    if path is None:
+        return
+    try:
+        data = _read_mapping("--custom-config-path", path)
+    except CommandError as error:
+        yield str(error)
+        return
+    actions = {action.dest: action for action in parser._actions}
+    for name, value in data.items():
+        action = actions.get(name)
+        if action is None and not name.startswith("fipo_"):  # FIPO's own check knows which of those there are
+            close = difflib.get_close_matches(name, actions, n=1, cutoff=0.94)
+            if close:
+                yield f"{name} in --custom-config-path {path} is nothing that slime reads; did you mean {close[0]}?"
+        if action is not None and not name.startswith("fipo_") and (wanted := _unfit(value, action)):
+            yield f"{name} in --custom-config-path {path} is {value!r}; it must be {wanted}"
+        else:
+            setattr(args, name, value)
+
+
+def _unfit(value: Any, action: argparse.Action) -> str:
+    """What a flag's value from a file must be, where it is not."""
+    if value is None and action.default is None:
+        return ""
+    if action.nargs == 0:
+        return "" if isinstance(value, bool) else "true or false"
+    if action.nargs == "+":
+        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return "" if fits else "a list of texts"
+    if action.choices is not None:
+        return "" if value in action.choices else f"one of {', '.join(action.choices)}"
+    if action.type is str:
+        return "" if isinstance(value, str) else "a text"
+    wanted = getattr(action.type, "wanted", "a whole number")
+    if action.type is float:
+        wanted = "a number (YAML takes 1e-6 for a text: write 1.0e-6)"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return wanted
+    try:
+        action.type(str(value))
+    except (argparse.ArgumentTypeError, ValueError):
+        return wanted
+    return ""
+
+
+def _eval_datasets(args: argparse.Namespace, errors: list[str]) -> Iterator[EvalDataset]:
+    """The benchmarks of ``--eval-config``, which wins, or of ``--eval-prompt-data``; appends to ``errors``."""
+    names = list(args.eval_prompt_data or [])
+    if args.eval_config is not None:
+        yield from _eval_config_datasets(args.eval_config, errors)
+    elif len(names) > 1 and len(names) % 2:
+        errors.append("--eval-prompt-data wants pairs of a name and a path; one of them is missing its other half")
+    elif len(names) == 1:
+        yield EvalDataset("--eval-prompt-data", "aime", names[0])  # slime's name for a lone path
+    else:
+        for name, path in zip(names[::2], names[1::2], strict=True):
+            yield EvalDataset("--eval-prompt-data", name, path)
+
+
+def _eval_config_datasets(path: str, errors: list[str]) -> Iterator[EvalDataset]:
+    source = f"--eval-config {path}"
+    try:
+        config = _read_mapping("--eval-config", path)
+    except CommandError as error:
+        errors.append(str(error))
+        return
+    config = config.get("eval", config)
+    datasets = config.get("datasets") if isinstance(config, dict) else None
+    defaults = (config.get("defaults") or {}) if isinstance(config, dict) else None
+    if isinstance(datasets, dict):
+        datasets = [
+            {"name": name, **(entry or {})} if isinstance(entry or {}, dict) else entry
+            for name, entry in datasets.items()
+        ]
+    if not isinstance(defaults, dict) or not datasets or not isinstance(datasets, list):
+        errors.append(f"{source} names no benchmarks; list them under eval: datasets:, each with a name and a path")
+        return
+    kinds = {name: int if name == "max_response_len" else str for name in EvalDataset.__dataclass_fields__}
+    for number, entry in enumerate(datasets, start=1):
+        if not isinstance(entry, dict) or not {"name", "path"} <= entry.keys():
+            errors.append(f"benchmark {number} of {source} has no name and path; add them")
+            continue
+        given = {name: value for name, value in {**defaults, **entry}.items() if name in kinds and value is not None}
+        wrong = next((name for name, value in given.items() if type(value) is not kinds[name]), None)
+        if wrong is not None:
+            kind = "a whole number" if kinds[wrong] is int else "a text"
+            errors.append(f"{wrong} of benchmark {number} in {source} is {given[wrong]!r}; it must be {kind}")
+            continue
+        yield EvalDataset(**{**given, "source": source})

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from slime_fipo.recipes.check import OUR_FILTER, OUR_REWARD, check_command, effective_recipe, main
-from slime_fipo.recipes.command import parse_command
+from slime_fipo.plugin.arguments import LOSS_PATH
+from slime_fipo.recipes.check import check_command, effective_recipe, main
+from slime_fipo.recipes.command import CommandError, parse_command
+from slime_fipo.recipes.derived import OUR_EVAL_LOG, OUR_FILTER, OUR_REWARD, billions_of_parameters
 
 from ..scripts.bash import EXAMPLES, LAUNCH_SCRIPTS, LOSSES, dry_run, flags, train_arguments
+from ..scripts.published import hugging_face_config, model_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QWEN3_4B = EXAMPLES / "run-qwen3-4B.sh"
@@ -25,27 +34,15 @@ PROMPT = {"prompt": [{"role": "user", "content": "1 + 1"}], "label": "2"}
 
 
 def provide_files(words: list[str], positions: int = 32768) -> None:
-    """Data and checkpoints at the paths of a command, with a Hugging Face configuration that fits its flags."""
-    given = flags(train_arguments(words))
-    for path in [*given["--prompt-data"], *given["--eval-prompt-data"][1::2]]:
+    """Data and checkpoints at the paths of a command, with the published model's configuration."""
+    named = flags(train_arguments(words))
+    for path in [*named["--prompt-data"], *named["--eval-prompt-data"][1::2]]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(PROMPT) + "\n")
-    (reference := Path(given["--ref-load"][0])).mkdir(parents=True)
+    (reference := Path(named["--ref-load"][0])).mkdir(parents=True)
     (reference / "latest_checkpointed_iteration.txt").write_text("release")
-    (checkpoint := Path(given["--hf-checkpoint"][0])).mkdir(parents=True)
-    config = {
-        "num_hidden_layers": int(given["--num-layers"][0]),
-        "hidden_size": int(given["--hidden-size"][0]),
-        "intermediate_size": int(given["--ffn-hidden-size"][0]),
-        "num_attention_heads": int(given["--num-attention-heads"][0]),
-        "num_key_value_heads": int(given["--num-query-groups"][0]),
-        "rms_norm_eps": float(given["--norm-epsilon"][0]),
-        "rope_theta": float(given["--rotary-base"][0]),
-        "tie_word_embeddings": "--untie-embeddings-and-output-weights" not in given,
-        "max_position_embeddings": positions,
-    }
-    if "--spec" in given:  # Qwen3.5's configuration has the text model inside
-        config = {"text_config": {**config, "rope_parameters": {"rope_theta": config.pop("rope_theta")}}}
+    (checkpoint := Path(named["--hf-checkpoint"][0])).mkdir(parents=True)
+    config = hugging_face_config(model_of(checkpoint.name), positions)
     (checkpoint / "config.json").write_text(json.dumps(config))
 
 
@@ -77,6 +74,7 @@ class Broken:
     variables: dict = field(default_factory=dict)
     error: bool = True
     tool: tuple[str, str] | None = None  # a word of the command, and what stands in its place
+    write: dict[str, str] = field(default_factory=dict)  # further files below the root, named FILE:path in `add`
 
 
 def flag(*words: str) -> tuple[str, ...]:
@@ -85,6 +83,14 @@ def flag(*words: str) -> tuple[str, ...]:
 
 HF, REF, DATA = "models/Qwen3-4B-Base", "models/Qwen3-4B-Base_torch_dist", "data/dapo-math-17k/dapo-math-17k.jsonl"
 TRACKER = f"{REF}/latest_checkpointed_iteration.txt"
+
+FIPO_FLAGS = (
+    "--fipo-decay-rate",
+    "--fipo-clip-ratio-low",
+    "--fipo-clip-ratio-high",
+    "--fipo-safety-thresh",
+    "--fipo-dual-clip-c",
+)
 
 BROKEN = {
     "one step per rollout": Broken(
@@ -105,7 +111,7 @@ BROKEN = {
         "--global-batch-size 64", "drop one of the two", flag("--num-steps-per-rollout", "4")
     ),
     "batch does not divide over ranks": Broken(
-        "--global-batch-size 2 does not divide over 4", "a multiple of 4", flag("--global-batch-size", "2")
+        "--global-batch-size 2 does not divide over 4", "use 4", flag("--global-batch-size", "2")
     ),
     "group of one": Broken(
         "--n-samples-per-prompt 1", "use 16", flag("--n-samples-per-prompt", "1", "--global-batch-size", "4")
@@ -152,7 +158,8 @@ BROKEN = {
     "asynchronous without rollout log-probs": Broken(
         "asynchronous rollouts",
         "--use-rollout-logprobs",
-        drop=("--use-rollout-logprobs",),
+        flag("--rollout-num-gpus", "8"),
+        ("--use-rollout-logprobs", "--colocate"),
         tool=("train.py", "train_async.py"),
         error=False,
     ),
@@ -237,7 +244,10 @@ BROKEN = {
         "'\\\\frac{1}{2}'", "use other data", file=(DATA, '{"prompt": "1 / 2", "label": "\\\\frac{1}{2}"}\n')
     ),
     "data in another format": Broken(
-        "neither .jsonl nor .parquet", "convert it", flag("--prompt-data", "FILE:data.csv")
+        "neither .jsonl nor .parquet",
+        "convert it",
+        flag("--prompt-data", "FILE:data.csv"),
+        write={"data.csv": "prompt,label\n"},
     ),
     "evaluation data unpaired": Broken(
         "--eval-prompt-data", "pairs of a name and a path", flag("--eval-prompt-data", "aime24", "a.jsonl", "aime25")
@@ -259,10 +269,223 @@ BROKEN = {
     ),
     "resumes from elsewhere": Broken("--load", "give both the same folder", flag("--load", "/elsewhere"), error=False),
     "nothing saved": Broken("--save-interval needs --save", "add it", drop=("--save",)),
+    "warm-up as long as the run": Broken(
+        "--lr-warmup-iters 24 is not below the run's 24",
+        "use 12",
+        flag("--lr-warmup-iters", "24", "--num-rollout", "3"),
+    ),
+    "warm-up as long as the decay": Broken(
+        "--lr-warmup-iters 80 is not below", "use 40", flag("--lr-decay-iters", "80", "--lr-warmup-iters", "80")
+    ),
+    "continued with another number of rollouts": Broken(
+        "--num-rollout", "--override-opt-param-scheduler", drop=("--override-opt-param-scheduler",), error=False
+    ),
+    "one step in the YAML": Broken(
+        "--global-batch-size 512 of 512 samples",
+        "--global-batch-size 64",
+        flag("--custom-config-path", "FILE:c.yaml"),
+        write={"c.yaml": "global_batch_size: 512\n"},
+    ),
+    "misspelt FIPO setting in the YAML": Broken(
+        "fipo_decayrate is no FIPO setting",
+        "fipo_decay_rate",
+        flag("--custom-config-path", "FILE:c.yaml"),
+        write={"c.yaml": "fipo_decayrate: 64\n"},
+    ),
+    "FIPO setting of another kind in the YAML": Broken(
+        "--fipo-safety-thresh is '3.0'",
+        "a finite number above 0",
+        flag("--custom-config-path", "FILE:c.yaml"),
+        write={"c.yaml": "fipo_safety_thresh: '3.0'\n"},
+    ),
+    "misspelt flag in the YAML": Broken(
+        "global_batch_sizes in --custom-config-path",
+        "did you mean global_batch_size?",
+        flag("--custom-config-path", "FILE:c.yaml"),
+        write={"c.yaml": "global_batch_sizes: 64\n"},
+    ),
+    "a number that YAML takes for a text": Broken(
+        "lr in --custom-config-path",
+        "write 1.0e-6",
+        flag("--custom-config-path", "FILE:c.yaml"),
+        write={"c.yaml": "lr: 1e-6\n"},
+    ),
+    "YAML missing": Broken("--custom-config-path", "check the path", flag("--custom-config-path", "FILE:no.yaml")),
+    "YAML without a mapping": Broken(
+        "--custom-config-path",
+        "one 'name: value' per line",
+        flag("--custom-config-path", "FILE:c.yaml"),
+        write={"c.yaml": "- global_batch_size\n"},
+    ),
+    "broken YAML": Broken(
+        "is no YAML (line 3)",
+        "mend it",
+        flag("--custom-config-path", "FILE:c.yaml"),
+        write={"c.yaml": "lr: 1.0\nsave: [\n"},
+    ),
+    "one step by slime's own route": Broken(
+        "--global-batch-size 512 of 512 samples",
+        "--global-batch-size 64",
+        flag("--loss-type", "custom_loss", "--custom-loss-function-path", LOSS_PATH, "--global-batch-size", "512"),
+        FIPO_FLAGS,
+    ),
+    "32B model's settings by slime's own route": Broken(
+        "--fipo-safety-thresh 10",
+        "--fipo-safety-thresh 3",
+        flag("--loss-type", "custom_loss", "--custom-loss-function-path", LOSS_PATH),
+        FIPO_FLAGS,
+        error=False,
+    ),
+    "FIPO flags with slime's own route": Broken(
+        "--fipo-decay-rate has no effect with --loss-type custom_loss",
+        "use fipo_loss",
+        flag("--loss-type", "custom_loss", "--custom-loss-function-path", LOSS_PATH),
+    ),
+    "evaluation file missing": Broken(
+        "--eval-config", "check the path", flag("--eval-config", "FILE:no.yaml"), ("--eval-prompt-data",)
+    ),
+    "evaluation file without benchmarks": Broken(
+        "--eval-config",
+        "list them under eval: datasets:",
+        flag("--eval-config", "FILE:e.yaml"),
+        ("--eval-prompt-data",),
+        write={"e.yaml": "eval:\n  datasets: []\n"},
+    ),
+    "evaluation file without a path": Broken(
+        "benchmark 1 of --eval-config",
+        "has no name and path",
+        flag("--eval-config", "FILE:e.yaml"),
+        ("--eval-prompt-data",),
+        write={"e.yaml": "eval:\n  datasets:\n    - name: aime\n"},
+    ),
+    "benchmark's data missing": Broken(
+        "aime in --eval-config",
+        "check the path",
+        flag("--eval-config", "FILE:e.yaml"),
+        ("--eval-prompt-data",),
+        write={"e.yaml": "eval:\n  datasets:\n    aime: {path: /nope/aime.jsonl}\n"},
+    ),
+    "benchmark longer than the positions": Broken(
+        "max_response_len of aime in --eval-config",
+        "extend_context",
+        flag("--eval-config", "FILE:e.yaml"),
+        ("--eval-prompt-data",),
+        write={
+            "aime.jsonl": json.dumps(PROMPT),
+            "e.yaml": "defaults: {max_response_len: 65536}\ndatasets: [{name: aime, path: ROOT/aime.jsonl}]\n",
+        },
+    ),
+    "benchmark without accuracy": Broken(
+        f"--custom-eval-rollout-log-function-path {OUR_EVAL_LOG} leaves gpqa out",
+        OUR_REWARD,
+        flag("--eval-config", "FILE:e.yaml"),
+        ("--eval-prompt-data",),
+        write={
+            "gpqa.jsonl": json.dumps(PROMPT),
+            "e.yaml": "datasets: [{name: gpqa, path: ROOT/gpqa.jsonl, custom_rm_path: my.gpqa}]\n",
+        },
+        error=False,
+    ),
+    "benchmark's reward never called": Broken(
+        "rm_type gpqa of gpqa",
+        "give gpqa a custom_rm_path",
+        flag("--eval-config", "FILE:e.yaml"),
+        ("--eval-prompt-data",),
+        write={
+            "gpqa.jsonl": json.dumps(PROMPT),
+            "e.yaml": "datasets: [{name: gpqa, path: ROOT/gpqa.jsonl, rm_type: gpqa}]\n",
+        },
+        error=False,
+    ),
+    "evaluation hook without accuracy": Broken(
+        f"--custom-eval-rollout-log-function-path {OUR_EVAL_LOG} reads 'acc', which the reward of aime24, aime25",
+        OUR_REWARD,
+        flag("--rm-type", "deepscaler"),
+        (
+            "--custom-rm-path",
+            "--overlong-buffer-len",
+            "--reward-key",
+            "--eval-reward-key",
+            "--dynamic-sampling-filter-path",
+        ),
+    ),
+    "more steps than samples": Broken(
+        "--num-steps-per-rollout 1024 is more than a rollout's 512",
+        "use 8",
+        flag("--num-steps-per-rollout", "1024"),
+        ("--global-batch-size",),
+    ),
+    "steps that do not divide": Broken(
+        "--global-batch-size 73 (--num-steps-per-rollout 7) does not divide a rollout's 512",
+        "use --num-steps-per-rollout 8",
+        flag("--num-steps-per-rollout", "7"),
+        ("--global-batch-size",),
+    ),
+    "sizes in config.json that are no numbers": Broken(
+        "--num-layers 36 is not the '36'",
+        "source that model's script",
+        file=(f"{HF}/config.json", '{"num_hidden_layers": "36", "hidden_size": null}'),
+    ),
+    "another head dimension": Broken(
+        "--kv-channels 64 is not the 128", "source that model's script", flag("--kv-channels", "64")
+    ),
+    "another vocabulary": Broken(
+        "--vocab-size 152064 is not the 151936", "source that model's script", flag("--vocab-size", "152064")
+    ),
+    "no QK layer norm": Broken("which has --qk-layernorm", "add it", drop=("--qk-layernorm",)),
+    "QKV bias on Qwen3": Broken("does not have --add-qkv-bias", "drop it", flag("--add-qkv-bias")),
+    "no QKV bias on Qwen2.5": Broken("which has --add-qkv-bias", "add it", drop=("--add-qkv-bias",), script=MATH_7B),
+    "no position left for a prompt": Broken(
+        "--rollout-max-prompt-len is missing",
+        "add it",
+        flag("--rollout-max-response-len", "32768", "--max-tokens-per-gpu", "32768"),
+        ("--rollout-max-prompt-len",),
+    ),
+    "asynchronous on shared GPUs": Broken("--colocate", "use train.py", tool=("train.py", "train_async.py")),
+    "no GPUs for rollouts": Broken("--colocate", "or --rollout-num-gpus", drop=("--colocate",)),
+    "REINFORCE++ without normalization": Broken(
+        "--advantage-estimator reinforce_plus_plus_baseline",
+        "needs --normalize-advantages; add it",
+        flag("--advantage-estimator", "reinforce_plus_plus_baseline"),
+    ),
+    "two KL terms": Broken(
+        "--kl-coef 0.1 and --kl-loss-coef 0.001",
+        "drop one of them",
+        flag("--kl-coef", "0.1", "--use-kl-loss", "--kl-loss-coef", "0.001"),
+    ),
+    "underscores in a flag": Broken("--weight_decay", "did you mean --weight-decay?", flag("--weight_decay", "0.2")),
+    "an abbreviated flag": Broken(
+        "--global-batch ", "did you mean --global-batch-size?", flag("--global-batch", "512")
+    ),
+    "a flag in the plural": Broken("--clip-grads", "did you mean --clip-grad?", flag("--clip-grads", "0.5")),
+    "misspelt hook module": Broken(
+        "--dynamic-sampling-filter-path slime_fipo.recipes.filter.accuracy_varies does not exist",
+        "check the spelling",
+        flag("--dynamic-sampling-filter-path", "slime_fipo.recipes.filter.accuracy_varies"),
+    ),
+    "misspelt hook": Broken(
+        "--custom-eval-rollout-log-function-path slime_fipo.recipes.evaluation.log_eval does not exist",
+        "check the spelling",
+        flag("--custom-eval-rollout-log-function-path", "slime_fipo.recipes.evaluation.log_eval"),
+    ),
+    "Hugging Face folder as reference": Broken(
+        "is a Hugging Face folder", "convert_hf_to_torch_dist.py", flag("--ref-load", f"FILE:{HF}"), error=False
+    ),
+    "labels with a unit": Broken(
+        "'12 cm'", "use other data", file=(DATA, '{"prompt": "1 + 1", "label": "12 cm"}\n'), error=False
+    ),
+    "labels that are no integers": Broken(
+        "'3.5'", "use other data", file=(DATA, '{"prompt": "1 + 1", "label": "3.5"}\n')
+    ),
     "no number of rollouts": Broken("--num-rollout is missing", "--num-epoch", drop=("--num-rollout",)),
 }
 # Faults that break two rules at once.
-TWO_FINDINGS = {"nothing saved", "one step by count", "batch does not divide"}
+TWO_FINDINGS = {
+    "nothing saved",
+    "one step by count",
+    "group filter without accuracy",
+    "steps that do not divide",
+}
 
 
 def without(words: list[str], flags_to_drop: tuple[str, ...]) -> list[str]:
@@ -291,7 +514,8 @@ def test_finds_the_planted_fault(name, tmp_path, capsys):
             (tmp_path / path).unlink()
         else:
             (tmp_path / path).write_text(text)
-    (tmp_path / "data.csv").write_text("prompt,label\n")
+    for path, text in broken.write.items():
+        (tmp_path / path).write_text(text.replace("ROOT/", f"{tmp_path}/"))
     added = [word.replace("FILE:", f"{tmp_path}/") for word in broken.add]
     words = [*without(words, broken.drop), *added]
     if broken.tool is not None:
@@ -307,6 +531,310 @@ def test_finds_the_planted_fault(name, tmp_path, capsys):
     status = main(words)
     assert status == int(broken.error)
     assert matching[0].message in capsys.readouterr().out
+
+
+def messages(words: list[str]) -> list[str]:
+    return [f"{finding.severity}: {finding.message}" for finding in check_command(parse_command(words))[0]]
+
+
+@pytest.fixture
+def sane(tmp_path) -> list[str]:
+    words = command_of(QWEN3_4B, tmp_path)
+    provide_files(words)
+    assert messages(words) == []
+    return words
+
+
+SLIMES_ROUTE = ("--loss-type", "custom_loss", "--custom-loss-function-path", LOSS_PATH)
+SILENT = {
+    "slime's own route to FIPO": (("fipo_safety_thresh: 3.0\n"), ("--loss-type", *FIPO_FLAGS), SLIMES_ROUTE),
+    "overlong penalty in the YAML": (
+        "overlong_buffer_len: 2048\noverlong_penalty_factor: 1.0\n",
+        ("--overlong-buffer-len", "--overlong-penalty-factor"),
+        (),
+    ),
+    "a setting of the user's own hook in the YAML": ("my_setting: 1\n", (), ()),
+    "an empty YAML": ("", (), ()),
+    "evaluation alone": ("", (), ("--num-rollout", "0")),
+    "epochs": ("", ("--num-rollout",), ("--num-epoch", "3")),
+    "external engines": ("", ("--colocate",), ("--rollout-external-engine-addrs", "10.0.0.1:3000")),
+    "recorded rollouts": ("", ("--prompt-data", "--colocate"), ("--load-debug-rollout-data", "x.pt")),
+    "REINFORCE++": ("", (), ("--advantage-estimator", "reinforce_plus_plus", "--normalize-advantages")),
+    "a remote reward, which may return accuracy": (
+        "",
+        (
+            "--custom-rm-path",
+            "--overlong-buffer-len",
+            "--overlong-penalty-factor",
+            "--reward-key",
+            "--eval-reward-key",
+        ),
+        ("--rm-type", "remote_rm"),
+    ),
+    "KL loss": ("", (), ("--use-kl-loss", "--kl-loss-coef", "0.001")),
+    "Megatron's schedule from the checkpoint": (
+        "",
+        ("--override-opt-param-scheduler",),
+        ("--use-checkpoint-opt-param-scheduler",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_silent_on_what_works(name, sane, tmp_path):
+    yaml, drop, add = SILENT[name]
+    (tmp_path / "c.yaml").write_text(yaml)
+    assert messages([*without(sane, drop), *add, "--custom-config-path", str(tmp_path / "c.yaml")]) == []
+
+
+def test_a_trailing_slash_is_the_same_folder(sane):
+    save = sane[sane.index("--save") + 1]
+    assert messages([*sane, "--load", f"{save}/"]) == []
+    assert messages([*sane, "--save", f"{save}/../{Path(save).name}"]) == []
+
+
+def test_an_evaluation_file_that_works(sane, tmp_path):
+    aime = flags(train_arguments(sane))["--eval-prompt-data"][1]
+    (tmp_path / "own-keys.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "e.yaml").write_text(
+        "eval:\n  defaults: {n_samples_per_eval_prompt: 8, max_response_len: 10240, top_p: 0.7}\n  datasets:\n"
+        f"    - {{name: aime, path: '{aime}'}}\n"
+        f"    - {{name: own, path: '{tmp_path}/own-keys.jsonl', input_key: question, label_key: answer}}\n"
+        "    - {name: later, path: '${oc.env:DATA}/later.jsonl'}\n"
+    )
+    assert messages([*without(sane, ("--eval-prompt-data",)), "--eval-config", str(tmp_path / "e.yaml")]) == []
+
+
+def test_a_slime_with_fipo_built_in(sane, tmp_path):
+    """Its own train.py knows the loss and ours refuses to run there; elsewhere it is the other way round."""
+    arguments = without(train_arguments(sane), ("--overlong-buffer-len", "--overlong-penalty-factor"))
+    (tmp_path / "c.yaml").write_text("overlong_buffer_len: 2048\n")
+    arguments += ["--custom-config-path", str(tmp_path / "c.yaml")]
+    (script := tmp_path / "slime" / "train.py").parent.mkdir()
+    plain, launched = ["python3", str(script)], ["python3", "-m", "slime_fipo", str(script)]
+
+    unfound = messages([*plain, *arguments])  # nobody knows what is there
+    assert len(unfound) == 1 and "slime-fipo patch apply" in unfound[0] and "run python3 -m slime_fipo" in unfound[0]
+    assert messages([*launched, *arguments]) == []
+
+    script.touch()
+    unpatched = messages([*plain, *arguments])
+    assert unpatched == [
+        f"error: --loss-type fipo_loss is unknown to {script} alone; run python3 -m slime_fipo {script} …"
+    ]
+    assert messages([*launched, *arguments]) == []
+
+    (fipo := script.parent / "slime" / "utils" / "fipo.py").parent.mkdir(parents=True)
+    fipo.touch()
+    assert messages([*plain, *arguments]) == []
+    refused = messages([*launched, *arguments])
+    assert len(refused) == 1 and "slime-fipo patch revert" in refused[0] and f"run python3 {script}" in refused[0]
+    assert ["--fipo-impl" in m and "drop it" in m for m in messages([*plain, *arguments, "--fipo-impl", "scan"])] == [
+        True
+    ]
+    overlong = messages([*plain, *arguments, "--overlong-buffer-len", "2048"])
+    assert len(overlong) == 1 and "set overlong_buffer_len in the YAML" in overlong[0]
+    assert "run python3 -m slime_fipo" not in overlong[0]
+
+
+@pytest.mark.parametrize("batch", [3, 48, 96, 100, 130, 200, 300, 500, 511])
+@pytest.mark.parametrize("prompts", [32, 30, 100])
+def test_the_suggested_batch_size_is_right(batch, prompts, sane):
+    words = [*sane, "--rollout-batch-size", str(prompts), "--over-sampling-batch-size", "200"]
+    named = [
+        m
+        for m in messages([*words, "--global-batch-size", str(batch)])
+        if "does not divide" in m or "is more than" in m
+    ]
+    assert named or (prompts * 16) % batch == 0
+    for message in named:
+        suggested = int(re.search(r"; use (\d+)$", message)[1])
+        assert (prompts * 16) % suggested == 0 and suggested % 4 == 0  # 8 GPUs, TP 2
+        assert not [m for m in messages([*words, "--global-batch-size", str(suggested)]) if "-batch-size" in m]
+        nearer = range(max(batch - abs(batch - suggested) + 1, 4), batch + abs(batch - suggested))
+        assert not [b for b in nearer if (prompts * 16) % b == 0 and b % 4 == 0 and b < prompts * 16]
+
+
+SIZES = [
+    "--actor-num-gpus-per-node",
+    "--actor-num-nodes",
+    "--context-parallel-size",
+    "--global-batch-size",
+    "--hidden-size",
+    "--kv-channels",
+    "--lr-decay-iters",
+    "--lr-warmup-iters",
+    "--max-tokens-per-gpu",
+    "--micro-batch-size",
+    "--moe-layer-freq",
+    "--n-samples-per-prompt",
+    "--num-attention-heads",
+    "--num-experts",
+    "--num-layers",
+    "--num-query-groups",
+    "--num-rollout",
+    "--num-steps-per-rollout",
+    "--over-sampling-batch-size",
+    "--overlong-buffer-len",
+    "--overlong-penalty-factor",
+    "--pipeline-model-parallel-size",
+    "--rollout-batch-size",
+    "--rollout-max-context-len",
+    "--rollout-max-prompt-len",
+    "--rollout-max-response-len",
+    "--rollout-num-gpus",
+    "--rollout-num-gpus-per-engine",
+    "--rollout-temperature",
+    "--tensor-model-parallel-size",
+    "--vocab-size",
+]
+JUNK = ["0", "-1", "1", "2", "3", "7", "1024", "100000000000000000000", "nan", "1.5", "x", ""]
+
+
+@given(st.dictionaries(st.sampled_from(SIZES), st.sampled_from(JUNK), min_size=1, max_size=4), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_no_junk_gives_a_traceback(junk, dropped):
+    """On the command line, for sizes alone and as the first of two."""
+    words = dry_run(QWEN3_4B)
+    words = [*(without(words, ("--global-batch-size",)) if dropped else words), *(f"{k}={v}" for k, v in junk.items())]
+    try:
+        command = parse_command(words)
+    except CommandError as error:
+        assert "\n" not in str(error) and any(flag in str(error) for flag in junk)
+        return
+    findings, config = check_command(command)
+    effective_recipe(command, config)
+    assert all("\n" not in finding.message for finding in findings)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.just(1024) | st.floats() | st.sampled_from(["", "7", "x"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "name", "path"]), inner),
+    max_leaves=4,
+)
+CONFIG_KEYS = [key for key in hugging_face_config("qwen3-4B", 32768)] + ["text_config", "rope_parameters"]
+YAML_KEYS = [*(size[2:].replace("-", "_") for size in SIZES), "fipo_decay_rate", "loss_type", "lr", "save", "colocate"]
+EVAL_KEYS = ["eval", "datasets", "defaults", "name", "path", "max_response_len", "custom_rm_path"]
+
+
+@given(
+    custom=st.dictionaries(st.sampled_from(YAML_KEYS), anything, max_size=3) | anything,
+    evaluation=st.dictionaries(
+        st.sampled_from(EVAL_KEYS), anything | st.dictionaries(st.sampled_from(EVAL_KEYS), anything)
+    ),
+    config=st.dictionaries(st.sampled_from(CONFIG_KEYS), anything) | anything,
+    label=anything,
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_junk_in_files_gives_a_traceback(custom, evaluation, config, label, sane, tmp_path):
+    given_flags = flags(train_arguments(sane))
+    (tmp_path / "c.yaml").write_text(json.dumps(custom))  # which YAML contains
+    (tmp_path / "e.yaml").write_text(json.dumps(evaluation))
+    (Path(given_flags["--hf-checkpoint"][0]) / "config.json").write_text(json.dumps(config))
+    Path(given_flags["--prompt-data"][0]).write_text(json.dumps({"prompt": "1 + 1", "label": label}) + "\n")
+    words = [*sane, "--custom-config-path", str(tmp_path / "c.yaml"), "--eval-config", str(tmp_path / "e.yaml")]
+    command = parse_command(words)
+    findings, fipo = check_command(command)
+    effective_recipe(command, fipo)
+    assert all("\n" not in finding.message for finding in findings)
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+@pytest.mark.parametrize("flag", ["--global-batch-size", "--tensor-model-parallel-size", "--num-steps-per-rollout"])
+def test_sizes_below_one_are_refused(flag, value, capsys):
+    assert main([*dry_run(QWEN3_4B), flag, value]) == 2
+    assert capsys.readouterr().out == f"error: argument {flag}: it is {value}; it must be at least 1\n"
+
+
+LABELS = {
+    "silent": ["34", "034", "-4", 7, 7.0, "7.0", "1,000", "1{,}000", "$12$", "\\boxed{7}", "x=5", " 8 ", "$x = 3$"],
+    "warning": ["12 cm", "30 degrees", "5^\\circ"],
+    "error": ["3.5", "x", "\\frac{1}{2}", "", None, [1], "nan", "1e400", "2, 3", True],
+}
+
+
+@pytest.mark.parametrize(("severity", "label"), [(s, label) for s, labels in LABELS.items() for label in labels])
+def test_labels(severity, label, sane):
+    data = flags(train_arguments(sane))["--prompt-data"][0]
+    Path(data).write_text(json.dumps({"prompt": "1 + 1", "label": label}) + "\n")
+    found = messages(sane)
+    assert [message.partition(":")[0] for message in found] == [severity] * (severity != "silent"), found
+
+
+def test_keys_of_parquet_files(sane, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def found(name: str) -> list[str]:
+        return messages([*sane, "--prompt-data", str(tmp_path / name)])
+
+    parquet.write_table(pyarrow.table({"prompt": ["1 + 1"], "label": ["2"]}), tmp_path / "right.parquet")
+    assert found("right.parquet") == []
+    parquet.write_table(pyarrow.table({"question": ["1 + 1"], "label": ["2"]}), tmp_path / "keys.parquet")
+    assert ["--input-key prompt is not in every row" in message for message in found("keys.parquet")] == [True]
+    (tmp_path / "junk.parquet").write_bytes(b"junk")
+    assert ["is no Parquet file" in message for message in found("junk.parquet")] == [True]
+
+
+QWEN3_30B_A3B = shlex.split(
+    "--num-layers 48 --hidden-size 2048 --ffn-hidden-size 6144 --num-attention-heads 32 --num-query-groups 4"
+    " --kv-channels 128 --vocab-size 151936 --untie-embeddings-and-output-weights --swiglu --group-query-attention"
+    " --num-experts 128 --moe-ffn-hidden-size 768"
+)
+GLM45_AIR = shlex.split(
+    "--num-layers 46 --hidden-size 4096 --ffn-hidden-size 10944 --num-attention-heads 96 --num-query-groups 8"
+    " --kv-channels 128 --vocab-size 151552 --untie-embeddings-and-output-weights --swiglu --group-query-attention"
+    " --num-experts 128 --moe-ffn-hidden-size 1408 --moe-shared-expert-intermediate-size 1408"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "billions"),
+    [
+        ([*QWEN3_30B_A3B, "--moe-layer-freq", f"[{', '.join(['1'] * 48)}]"], 30.5),
+        (QWEN3_30B_A3B, 30.5),
+        ([*GLM45_AIR, "--moe-layer-freq", "[0]*1+[1]*45"], 106),
+        ([*QWEN3_30B_A3B, "--moe-layer-freq", "[1]*7"], None),
+        ([*QWEN3_30B_A3B, "--moe-layer-freq", "len('x')"], None),
+    ],
+)
+def test_experts_count(arguments, billions):
+    size = billions_of_parameters(parse_command(arguments).args)
+    assert size == (None if billions is None else pytest.approx(billions, rel=0.03))
+
+
+def test_the_papers_sizes_say_nothing_of_experts(sane, tmp_path):
+    experts = [*sane, *QWEN3_30B_A3B, "--num-query-groups", "8", "--hf-checkpoint", str(tmp_path)]
+    for preset in ("7b", "32b"):
+        assert not [m for m in messages([*without(experts, FIPO_FLAGS), "--fipo-preset", preset]) if "wants" in m]
+
+
+@pytest.mark.slime
+def test_no_flag_of_slimes_is_a_misspelling():
+    """Nor of Megatron's, if that is at hand: those that their sources add by name."""
+    root = os.environ.get("SLIME_ROOT")
+    if not root:
+        pytest.skip("SLIME_ROOT is not set; git clone slime, then SLIME_ROOT=that/directory make test-slime")
+    sources = [Path(root) / "slime" / "utils" / "arguments.py"]
+    if os.environ.get("MEGATRON_ROOT"):
+        sources.append(Path(os.environ["MEGATRON_ROOT"]) / "megatron" / "training" / "arguments.py")
+    real = {name for file in sources for name in re.findall(r"""['"](--[a-z][\w-]+)['"]""", file.read_text())}
+    assert len(real) > 200
+    judged = {f"--{name.replace('_', '-')}" for name in vars(parse_command([]).args)}
+    assert parse_command(sorted(real - judged)).misspelt == ()
+
+
+@pytest.mark.slime
+def test_labels_are_what_slimes_verifier_takes():
+    root = os.environ.get("SLIME_ROOT")
+    if not root:
+        pytest.skip("SLIME_ROOT is not set; git clone slime, then SLIME_ROOT=that/directory make test-slime")
+    file = Path(root) / "slime" / "rollout" / "rm_hub" / "math_dapo_utils.py"
+    spec = importlib.util.spec_from_file_location("math_dapo_utils", file)
+    spec.loader.exec_module(verifier := importlib.util.module_from_spec(spec))
+    for label in LABELS["silent"]:
+        number = int(float(re.sub(r"[^\d.-]", "", str(label))))
+        assert verifier.compute_score(f"Answer: {number}", label)["acc"], label
 
 
 def test_the_effective_recipe_stands_beside_the_papers(tmp_path):
@@ -327,7 +855,10 @@ def test_the_effective_recipe_stands_beside_the_papers(tmp_path):
     baseline = parse_command(command_of(QWEN_32B, tmp_path, LOSS="policy_loss"))
     heading, rows = effective_recipe(baseline, None)
     assert heading == "paper, 32B DAPO baseline"
-    assert [name for name, ours, paper in rows if ours != paper] == ["model"]
+    assert {name: ours for name, ours, paper in rows if ours != paper} == {
+        "model": "about 32.8B",
+        "dual clip": "10 (slime main; v0.3.x ignores it)",
+    }
 
 
 def test_where_the_shift_comes_from():
@@ -376,5 +907,5 @@ def test_slices_of_data_are_slimes(tmp_path):
 
 
 def test_flags_of_slime_that_are_not_judged_are_no_misspellings():
-    for given in ("--eval-top-k", "--adam-beta1", "--sglang-mem-fraction-static", "--rollout-seed", "--no-load-optim"):
-        assert parse_command([*train_arguments(dry_run(QWEN3_4B)), given, "1"]).misspelt == ()
+    for name in ("--eval-top-k", "--adam-beta1", "--sglang-mem-fraction-static", "--rollout-seed", "--no-load-optim"):
+        assert parse_command([*train_arguments(dry_run(QWEN3_4B)), name, "1"]).misspelt == ()

@@ -52,8 +52,6 @@ def commands(tmp_path_factory) -> dict[str, list[str]]:
             family = script.stem.removeprefix("run-").partition("-")[0]
             architecture, model_type = ARCHITECTURES[family]
             declared |= {"architectures": [architecture], "model_type": model_type, **rope}
-            if "--kv-channels" in flags(arguments):
-                declared["head_dim"] = int(flags(arguments)["--kv-channels"][0])
             config.write_text(json.dumps(declared))
             found[f"{script.stem}-{loss}"] = arguments
     return found

@@ -1,0 +1,261 @@
+"""Rules of ``slime-fipo check`` that open what the command names: checkpoints' ``config.json`` and the heads of data.
+
+Each rule is a generator over the parsed command, as in ``flag_rules.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from ..algorithm import FipoConfig
+from .command import Command
+from .derived import OUR_REWARD, is_dapo, longest_sequence
+from .finding import Finding, error, warning
+
+ROWS_READ = 100
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+# -- checkpoints --
+
+
+def checkpoints(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
+    args = command.args
+    if args.save_interval is not None and args.save is None:
+        yield error("--save-interval needs --save; add it")
+    if args.save is None:
+        yield warning("--save is missing: nothing is kept, and an interrupted run starts anew; add --save and --load")
+    elif args.load is None or Path(args.load).resolve() != Path(args.save).resolve():
+        yield warning(
+            f"--load {args.load} is not --save {args.save}: the same command again would not continue the run; give"
+            " both the same folder"
+        )
+    elif not args.override_opt_param_scheduler and not args.use_checkpoint_opt_param_scheduler:
+        yield warning(
+            "a continued run cannot have another --num-rollout or --lr than its checkpoint: Megatron refuses; add"
+            " --override-opt-param-scheduler"
+        )
+    if not _is_checkpoint(args.load):
+        if args.load and Path(args.load).is_dir() and any(Path(args.load).iterdir()):
+            yield warning(
+                f"--load {args.load} holds no checkpoint ({TRACKER}), so slime starts from --ref-load without saying"
+                " so; check the path"
+            )
+        if args.ref_load is None:
+            yield error("--ref-load is missing, and --load holds no checkpoint to start from; add --ref-load")
+        elif not _is_checkpoint(args.ref_load):
+            yield error(
+                f"--ref-load {args.ref_load} is no Megatron checkpoint ({TRACKER} is missing); convert the model with"
+                " slime's tools/convert_hf_to_torch_dist.py"
+            )
+        elif not (Path(args.ref_load) / TRACKER).is_file():
+            yield warning(
+                f"--ref-load {args.ref_load} is a Hugging Face folder, which slime v0.3.1 and later load for the models"
+                " they know; for others convert it with slime's tools/convert_hf_to_torch_dist.py"
+            )
+
+
+def _is_checkpoint(folder: str | None) -> bool:
+    """Whether slime starts from that folder: Megatron's format, or Hugging Face's."""
+    return folder is not None and any((Path(folder) / name).is_file() for name in (TRACKER, "config.json"))
+
+
+def model(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
+    """The flags against the Hugging Face configuration."""
+    args = command.args
+    if args.hf_checkpoint is None:
+        yield error("--hf-checkpoint is missing; SGLang and the tokenizer need it")
+        return
+    file = Path(args.hf_checkpoint) / "config.json"
+    try:
+        declared = json.loads(file.read_text(encoding="utf-8"))
+        declared = declared.get("text_config", declared)
+        positions = declared.get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        yield error(f"--hf-checkpoint {args.hf_checkpoint} has no readable config.json; download the model there")
+        return
+    yield from _same_shape(args, declared)
+    if type(positions) is int:
+        yield from _positions(command, positions, file)
+
+
+def _same_shape(args: argparse.Namespace, declared: dict) -> Iterator[Finding]:
+    rope = declared.get("rope_parameters")
+    rope_base = rope.get("rope_theta") if isinstance(rope, dict) else None
+    head = args.kv_channels
+    if head is None and args.hidden_size and args.num_attention_heads:
+        head = args.hidden_size // args.num_attention_heads
+    pairs = {
+        "num-layers": (args.num_layers, declared.get("num_hidden_layers")),
+        "hidden-size": (args.hidden_size, declared.get("hidden_size")),
+        "ffn-hidden-size": (args.ffn_hidden_size, None if args.num_experts else declared.get("intermediate_size")),
+        "num-attention-heads": (args.num_attention_heads, declared.get("num_attention_heads")),
+        "num-query-groups": (args.num_query_groups, declared.get("num_key_value_heads")),
+        "kv-channels": (head, declared.get("head_dim")),
+        "vocab-size": (args.vocab_size, declared.get("vocab_size")),
+        "rotary-base": (args.rotary_base, rope_base or declared.get("rope_theta")),
+        "norm-epsilon": (args.norm_epsilon, declared.get("rms_norm_eps")),
+    }
+    for flag, (given, wanted) in pairs.items():
+        if given is not None and wanted is not None and given != wanted:
+            number = f"{wanted:.10g}" if isinstance(wanted, int | float) else repr(wanted)
+            yield error(
+                f"--{flag} {given:.10g} is not the {number} of --hf-checkpoint {args.hf_checkpoint}; source that"
+                " model's script from scripts/models"
+            )
+    tied = declared.get("tie_word_embeddings")
+    if tied is not None and tied == args.untie_embeddings_and_output_weights:
+        yield error(
+            f"--hf-checkpoint {args.hf_checkpoint} has {'tied' if tied else 'untied'} embeddings;"
+            f" {'drop' if tied else 'add'} --untie-embeddings-and-output-weights"
+        )
+    family = str(declared.get("model_type"))
+    if family.startswith(("qwen2", "qwen3")):
+        is_qwen3 = family.startswith("qwen3")
+        for flag, given, wanted in (
+            ("--qk-layernorm", args.qk_layernorm, is_qwen3),
+            ("--add-qkv-bias", args.add_qkv_bias, declared.get("attention_bias", not is_qwen3)),
+        ):
+            if given != bool(wanted):
+                has, fix = ("has", "add") if wanted else ("does not have", "drop")
+                yield error(f"--hf-checkpoint {args.hf_checkpoint} is a {family}, which {has} {flag}; {fix} it")
+
+
+def _positions(command: Command, positions: int, file: Path) -> Iterator[Finding]:
+    args = command.args
+    extend = f"extend it: python3 -m slime_fipo.recipes.extend_context {args.hf_checkpoint} NEW --positions N"
+    response = args.rollout_max_response_len
+    if args.rollout_max_prompt_len is None and args.rollout_max_context_len is None and response == positions:
+        yield error(
+            f"--rollout-max-response-len {response} leaves a prompt none of the {positions} positions that {file}"
+            f" declares, and --rollout-max-prompt-len is missing; add it and shorten the response, or {extend}"
+        )
+    lengths = {"--rollout-max-response-len": longest_sequence(args)}
+    prompt = args.eval_max_prompt_len or args.rollout_max_prompt_len or 0
+    for dataset in command.eval_datasets:
+        flag = f"max_response_len of {dataset.name} in {dataset.source}"
+        if dataset.max_response_len is None:
+            flag = "--eval-max-response-len"
+        tokens = dataset.max_response_len or args.eval_max_response_len
+        lengths[flag] = tokens and tokens + prompt
+    for flag, longest in lengths.items():
+        if longest and longest > positions:
+            yield error(
+                f"prompt and {flag} make up to {longest} tokens, and {file} declares {positions} positions; shorten"
+                f" them or {extend}"
+            )
+            break
+
+
+# -- data --
+
+
+def data(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
+    args = command.args
+    if args.prompt_data is not None:
+        verified = args.custom_rm_path == OUR_REWARD or (args.custom_rm_path is None and is_dapo(args.rm_type))
+        keys = {"--input-key": args.input_key, "--label-key": args.label_key}
+        yield from _data_file("--prompt-data", args.prompt_data, keys, verified)
+    elif not args.debug_train_only:
+        yield error("--prompt-data is missing; add it")
+    for dataset in command.eval_datasets:
+        path = dataset.custom_rm_path or args.custom_rm_path
+        verified = path == OUR_REWARD or (path is None and is_dapo(dataset.rm_type or args.rm_type))
+        keys = {
+            "--eval-input-key": dataset.input_key or args.eval_input_key or args.input_key,
+            "--eval-label-key": dataset.label_key or args.eval_label_key or args.label_key,
+        }
+        flag = dataset.source if dataset.source == "--eval-prompt-data" else f"{dataset.name} in {dataset.source}:"
+        if "${" not in dataset.path:  # filled in when slime reads the file
+            yield from _data_file(flag, dataset.path, keys, verified)
+
+
+def _data_file(flag: str, path: str, keys: dict[str, str | None], verified: bool) -> Iterator[Finding]:
+    """``keys``: flag of each key and the key; ``verified``: DAPO's verifier compares the labels."""
+    path = re.sub(r"@\[-?\d*:-?\d*\]$", "", path)
+    if not Path(path).is_file():
+        yield error(f"{flag} {path} does not exist; check the path")
+        return
+    if not path.endswith((".jsonl", ".parquet")):
+        yield error(f"{flag} {path} is neither .jsonl nor .parquet, which is all that slime reads; convert it")
+        return
+    label_flag, label_key = list(keys.items())[1]
+    if label_key is None:
+        yield error(f"{label_flag} is missing, so that no answer can be checked; add {label_flag} label")
+    try:
+        rows = _parquet_rows(path) if path.endswith(".parquet") else _jsonl_rows(path)
+    except (OSError, ValueError) as problem:
+        yield error(f"{flag} {path} {problem}; mend the file")
+        return
+    if rows is None:
+        return
+    for name, key in keys.items():
+        if key is not None and not all(key in row for row in rows):
+            columns = ", ".join(sorted(rows[0]))
+            yield error(f"{name} {key} is not in every row of {path} (it has {columns}); name its key")
+            return
+    if label_key is not None and verified:
+        for verdict, may in ((error, "compares integers"), (warning, "may not know the unit")):
+            wrong = [row[label_key] for row in rows if _label_verdict(row[label_key]) is verdict]
+            if wrong:
+                yield verdict(
+                    f"{flag} {path} has the label {wrong[0]!r}, and DAPO's verifier {may}; use other data or another"
+                    " --custom-rm-path"
+                )
+                return
+
+
+def _jsonl_rows(path: str) -> list[dict]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = [json.loads(line) for line in islice(filter(str.strip, file), ROWS_READ)]
+    except ValueError:
+        raise ValueError("holds lines that are no JSON, and slime drops those") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("holds no JSON objects, one per line")
+    return rows
+
+
+def _parquet_rows(path: str) -> list[dict] | None:
+    """None where pyarrow is not installed; slime itself needs it for such files."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError:
+        return None
+    try:
+        with ParquetFile(path) as file:
+            batch = next(file.iter_batches(batch_size=ROWS_READ), None)
+    except (ArrowException, OSError) as problem:
+        raise ValueError(f"is no Parquet file ({str(problem).splitlines()[0]})") from None
+    if batch is None or batch.num_rows == 0:
+        raise ValueError("has no rows")
+    return batch.to_pylist()
+
+
+def _label_verdict(label):
+    """None for what DAPO's verifier reads as an integer: after a last =, without LaTeX's wrapping and thousands commas.
+
+    It also strips the units that it knows, so that a number with one is worth a warning alone.
+    """
+    text = str(label).rpartition("=")[2]
+    text = re.sub(r"\\(?:boxed|text|textbf|overline|mathrm)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\{,\}|,(?=\d{3}(?!\d))|\\[,;! ]|[$\s]", "", text)
+    number = re.fullmatch(r"(.*?[\d.])(?:[a-zA-Z]{2,}|\\?%|\^(?:\\circ|\{\\circ\}))?", text)
+    if number is None:
+        return error
+    try:
+        value = float(number[1])
+        if value != int(value):
+            return error
+    except (ValueError, OverflowError):
+        return error
+    return None if number[1] == text else warning
+
+
+FILE_RULES = (checkpoints, model, data)
