@@ -380,10 +380,11 @@ def _eval_config_datasets(path: str, errors: list[str]) -> Iterator[EvalDataset]
         return
     kinds = {name: int if name == "max_response_len" else str for name in EvalDataset.__dataclass_fields__}
     for number, entry in enumerate(datasets, start=1):
-        if not isinstance(entry, dict) or not {"name", "path"} <= entry.keys():
+        entry = {**defaults, **entry} if isinstance(entry, dict) else {}
+        given = {name: value for name, value in entry.items() if name in kinds and value is not None}
+        if not {"name", "path"} <= given.keys():
             errors.append(f"benchmark {number} of {source} has no name and path; add them")
             continue
-        given = {name: value for name, value in {**defaults, **entry}.items() if name in kinds and value is not None}
         wrong = next((name for name, value in given.items() if type(value) is not kinds[name]), None)
         if wrong is not None:
             kind = "a whole number" if kinds[wrong] is int else "a text"

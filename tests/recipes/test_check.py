@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slime_fipo.plugin.arguments import LOSS_PATH
@@ -725,6 +725,7 @@ EVAL_KEYS = ["eval", "datasets", "defaults", "name", "path", "max_response_len",
     config=st.dictionaries(st.sampled_from(CONFIG_KEYS), anything) | anything,
     label=anything,
 )
+@example(custom=None, evaluation={"datasets": {"aime": {"path": None}}}, config={"hidden_size": "2560"}, label=None)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_junk_in_files_gives_a_traceback(custom, evaluation, config, label, sane, tmp_path):
     given_flags = flags(train_arguments(sane))
