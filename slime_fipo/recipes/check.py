@@ -46,6 +46,7 @@ _PAPER_COMMON = {
     "dual clip": "10",
     "PPO clip": "0.2 / 0.28",
     "loss": "token-level mean",
+    "learning-rate warm-up": "10 rollouts",  # Table 2's steps are verl's, one per rollout
     "shift measured from": "trainer's log-probs",
 }
 _PAPER = {
@@ -105,6 +106,9 @@ def effective_recipe(command: Command, config: FipoConfig | None) -> tuple[str, 
         "prompt / response / overlong buffer": " / ".join(
             "none" if n is None else str(n)
             for n in (args.rollout_max_prompt_len, args.rollout_max_response_len, args.overlong_buffer_len)
+        ),
+        "learning-rate warm-up": (
+            f"{args.lr_warmup_iters / steps:g} rollouts ({args.lr_warmup_iters} steps)" if steps else "?"
         ),
         "PPO clip": f"{args.eps_clip:g} / {args.eps_clip if args.eps_clip_high is None else args.eps_clip_high:g}",
         "loss": "token-level mean" if args.calculate_per_token_loss else "mean over responses",

@@ -847,6 +847,7 @@ def test_the_effective_recipe_stands_beside_the_papers(tmp_path):
     table = {name: (ours, paper) for name, ours, paper in rows}
     assert table["optimizer steps per rollout"] == ("8", "8")
     assert table["tokens per step, at most"] == ("20,971,520", "20,971,520")
+    assert table["learning-rate warm-up"] == ("10 rollouts (80 steps)", "10 rollouts")
     assert table["half-life of Future-KL"] == ("32 tokens (γ = 0.9786)", "32 tokens")
     assert table["influence weights"] == ("[0.8, 1.2]", "[0.8, 1.2]")
     assert table["shift measured from"] == ("trainer's log-probs (recomputed)", "trainer's log-probs")
@@ -858,6 +859,7 @@ def test_the_effective_recipe_stands_beside_the_papers(tmp_path):
     assert heading == "paper, 32B DAPO baseline"
     assert {name: ours for name, ours, paper in rows if ours != paper} == {
         "model": "about 32.8B",
+        "learning-rate warm-up": "10 rollouts (160 steps)",
         "dual clip": "10 (slime main; v0.3.x ignores it)",
     }
 
