@@ -54,6 +54,11 @@ def statements_of(module: str, function: str) -> list[tuple[ast.stmt, str]]:
     return [(statement, _lines(text, statement)) for statement in body]
 
 
+def literal(module: str, name: str) -> object:
+    """The value of a top-level constant."""
+    return ast.literal_eval(_find(module, name)[1].value)
+
+
 def _find(module: str, name: str) -> tuple[str, ast.stmt]:
     path = PACKAGE / f"{module.replace('.', '/')}.py"
     text = path.read_text(encoding="utf-8")
@@ -80,6 +85,14 @@ def edit(text: str, *changes: tuple[str, str]) -> str:
             raise BuildError(f"expected once, found {text.count(old)} times:\n{old}\nin\n{text}")
         text = text.replace(old, new)
     return text
+
+
+def replace_between(text: str, start: str, end: str, new: str) -> str:
+    """Replace what lies from ``start`` up to ``end``; each must occur exactly once."""
+    for mark in (start, end):
+        if text.count(mark) != 1:
+            raise BuildError(f"expected once, found {text.count(mark)} times:\n{mark}\nin\n{text}")
+    return text[: text.index(start)] + new + text[text.index(end) :]
 
 
 def without_method(text: str, name: str) -> str:
@@ -120,6 +133,7 @@ def first_paragraph(text: str, summary: str) -> str:
 
 
 def _config(text: str) -> str:
+    """One implementation, and errors that name the flag: nothing but flags makes a config upstream."""
     text = without_argument_docs(without_method(text, "as_dict"), ("impl", "chunk_size"))
     text = re.sub(r"^    (impl: str|chunk_size: int) = .*\n", "", text, flags=re.MULTILINE)
     return edit(
@@ -132,12 +146,53 @@ def _config(text: str) -> str:
             "if self.decay_over not in DECAY_OVER:\n"
             '            self._refuse("decay_over", "one of " + ", ".join(map(repr, DECAY_OVER)))',
         ),
-    )
+        ("the message names the field, the value and the range", "the message names the flag, the value and the range"),
+        (
+            'raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")',
+            'flag = name.replace("_", "-")\n'
+            '        raise ValueError(f"--fipo-{flag} is {getattr(self, name)!r}; it must be {wanted}")',
+        ),
+        ('f"preset {name!r} is unknown;', 'f"--fipo-preset {name!r} is unknown;'),
+    ).replace(', or None"', ", or 'none'\"")
 
 
 def _add_arguments(text: str) -> str:
-    group_flags = [code for _, code in statements_of("plugin.arguments", "_add_fipo_group")[2:-1]]
-    return edit(text, ("    return parser\n", "".join(group_flags) + "    return parser\n"))
+    group_flags = "".join(code for _, code in statements_of("plugin.arguments", "_add_fipo_group")[2:-1])
+    group_flags = edit(group_flags, ("choices=_SHIFT_FROM", f"choices={literal('plugin.arguments', '_SHIFT_FROM')!r}"))
+    return edit(text, ("    return parser\n", group_flags + "    return parser\n"))
+
+
+def _always_set(text: str) -> str:
+    """slime's parser sets every attribute that the plugin, which may get any namespace, asks for with care."""
+    text = text.replace("getattr(args, _dest(flag), None)", "getattr(args, _dest(flag))")
+    return re.sub(r'getattr\(args, "(\w+)", None\)', r"args.\1", text)
+
+
+def _config_from_args(text: str) -> str:
+    text = replace_between(
+        text,
+        "Precedence:",
+        "    Raises:",
+        "Precedence: a flag that was given (not None), then ``--fipo-preset``, then the defaults. ``none`` turns a"
+        " setting\n    off. What ``validate_fipo_args`` writes back gives the same settings again.\n\n",
+    )
+    text = replace_between(
+        text,
+        "    try:\n",
+        "    if not config.clip_influence:\n",
+        "    config = FipoConfig.preset(preset, **given) if preset is not None else FipoConfig(**given)\n\n",
+    )
+    text = replace_between(
+        text, '    eps_clip_high = getattr(args, "eps_clip_high"', "    c = config.dual_clip_c\n", ""
+    )
+    return edit(
+        _always_set(text),
+        (
+            "if c is not None and eps_clip_high is not None and c <= 1 + eps_clip_high:",
+            "if c is not None and c <= 1 + args.eps_clip_high:",
+        ),
+        ("{1 + eps_clip_high:g}", "{1 + args.eps_clip_high:g}"),
+    )
 
 
 def _weights_body(text: str) -> str:
@@ -154,6 +209,8 @@ ADAPT: dict[str, Callable[[str], str]] = {
     "PRESETS": lambda text: edit(text, (", chunk 128", "")),
     "_FIELD_FLAGS": lambda text: without_keys(text, ("--fipo-chunk-size", "--fipo-impl")),
     "add_fipo_arguments": _add_arguments,
+    "fipo_config_from_args": _config_from_args,
+    "shift_is_apart": _always_set,
     "solve_recurrence": lambda text: edit(text, (", n ≥ 1.", "."), ("if n == 1:", "if n <= 1:")),
     "ContextParallel": lambda text: edit(
         without_method(text, "check"), ("what :meth:`check` returned.", "``chunk_lengths`` as a tensor.")
@@ -240,19 +297,18 @@ OBJECTIVE = (
     Hook(LOSS, "    slice_log_prob_with_cp,\n)\n", "from .fipo import compute_fipo_weights\n"),
     Hook(
         LOSS,
-        "        ppo_kl = old_log_probs - log_probs\n",
-        "\n    # Compute FIPO weights if enabled; this also sets args.eps_clip_c\n"
+        "        ppo_kl = old_log_probs - log_probs\n\n",
+        "    # Compute FIPO weights if enabled\n"
         '    if args.loss_type == "fipo_loss":\n'
         "        fipo_weights, fipo_metrics = "
-        "compute_fipo_weights(args, batch, ppo_kl, advantages, sum_of_sample_mean)\n",
+        "compute_fipo_weights(args, batch, ppo_kl, advantages, sum_of_sample_mean)\n\n",
     ),
     Hook(
         LOSS,
         "        pg_loss, pg_clipfrac = compute_policy_loss(ppo_kl, advantages, args.eps_clip, args.eps_clip_high)\n",
         '        eps_clip_c = args.eps_clip_c if args.loss_type == "fipo_loss" else None\n'
-        "        pg_loss, pg_clipfrac = compute_policy_loss(\n"
-        "            ppo_kl, advantages, args.eps_clip, args.eps_clip_high, eps_clip_c=eps_clip_c\n"
-        "        )\n",
+        "        pg_loss, pg_clipfrac = "
+        "compute_policy_loss(ppo_kl, advantages, args.eps_clip, args.eps_clip_high, eps_clip_c)\n",
         replace=True,
         bases=("v0.3.1",),
     ),
@@ -266,7 +322,7 @@ OBJECTIVE = (
         '        reported_loss["opsm_clipfrac"] = opsm_clipfrac\n',
         '    if args.loss_type == "fipo_loss":\n        reported_loss.update(fipo_metrics)\n',
     ),
-    Hook(LOSS, 'case "policy_loss":', 'case "policy_loss" | "fipo_loss":', replace=True),
+    Hook(LOSS, '        case "policy_loss":\n', '        case "policy_loss" | "fipo_loss":\n', replace=True),
     Hook(
         "slime/backends/megatron_utils/model.py",
         "    if args.custom_megatron_before_train_step_hook_path:\n",
@@ -279,7 +335,18 @@ OBJECTIVE = (
         "from slime.utils.eval_config import EvalDatasetConfig, build_eval_dataset_configs, ensure_dataset_list\n",
         "from slime.utils.fipo import add_fipo_arguments, validate_fipo_args\n",
     ),
-    Hook(ARGUMENTS, 'choices=["policy_loss", ', 'choices=["policy_loss", "fipo_loss", ', replace=True),
+    Hook(
+        ARGUMENTS,
+        '                choices=["policy_loss", "sft_loss", "custom_loss"],\n',
+        '                choices=["policy_loss", "fipo_loss", "sft_loss", "custom_loss"],\n',
+        replace=True,
+    ),
+    Hook(
+        ARGUMENTS,
+        '                    "Choose loss type, currently support ppo policy_loss or sft_loss, "\n',
+        '                    "Choose loss type, currently support ppo policy_loss, fipo_loss or sft_loss, "\n',
+        replace=True,
+    ),
     Hook(
         ARGUMENTS,
         "        parser = add_algo_arguments(parser)\n",
@@ -307,8 +374,9 @@ Future-KL is a linear recurrence, evaluated in time linear in the tokens.
 Under context parallelism it is exact and costs one all-gather of three
 floats per response.
 
-slime/utils/fipo.py and slime/backends/megatron_utils/fipo.py are generated
-by slime-fipo from its own sources.
+slime/utils/fipo.py holds the settings, the flags and the weights, and
+slime/backends/megatron_utils/fipo.py the batch layout; both come from the
+reference implementation, slime-fipo.
 """,
         ("slime/utils/fipo.py", "slime/backends/megatron_utils/fipo.py"),
         OBJECTIVE,
@@ -316,9 +384,9 @@ by slime-fipo from its own sources.
     Commit(
         """Test fipo_loss on CPU
 
-Weights against a per-token float64 recurrence, packed responses, CP 1
-against CP 2 and 4 on gloo, the wiring into policy_loss_function, and the
-flags. Registered in the cpu-unittest matrix.
+Weights against a per-token float64 recurrence, loss_function's loss,
+gradient and metrics, CP 1 against CP 2 and 4 on gloo, train_one_step, and
+parse_args. Registered in the cpu-unittest matrix.
 """,
         ("tests/test_fipo_loss.py",),
         (

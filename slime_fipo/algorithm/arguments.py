@@ -140,8 +140,8 @@ def fipo_config_from_args(args: argparse.Namespace) -> FipoConfig:
                 )
         if both == 0:
             raise ValueError(
-                "--fipo-clip-ratio 0 means weights of 1 in slime PR #1801 and unclipped weights in the authors' code;"
-                " say --fipo-clip-ratio-low 0 --fipo-clip-ratio-high 0 for weights of 1, or --fipo-unclipped"
+                "--fipo-clip-ratio 0 means unclipped weights in the authors' code and weights of 1 elsewhere; say"
+                " --fipo-unclipped, or --fipo-clip-ratio-low 0 --fipo-clip-ratio-high 0 for weights of 1"
             )
         given["clip_ratio_low"] = given["clip_ratio_high"] = both
 

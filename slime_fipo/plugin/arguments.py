@@ -41,6 +41,7 @@ _READ = (
     "eps_clip_high",
     "get_mismatch_metrics",
     "global_batch_size",
+    "keep_old_actor",
     "n_samples_per_prompt",
     "rollout_batch_size",
     "use_rollout_logprobs",
@@ -82,8 +83,8 @@ def _add_fipo_group(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--fipo-allow-single-step",
         action="store_true",
         default=None,
-        help="allow one optimizer step per rollout: only stale asynchronous rollouts with --use-rollout-logprobs have a"
-        " shift then",
+        help="allow one optimizer step per rollout: there is a shift then only where the old log-probs are another"
+        " policy's, with --keep-old-actor or with stale asynchronous rollouts and --use-rollout-logprobs",
     )
     group.add_argument(
         "--fipo-log-detail",
@@ -165,12 +166,14 @@ def _check_steps_per_rollout(args: argparse.Namespace) -> None:
     )
     if not args.fipo_allow_single_step:
         raise ValueError(
-            f"{fix}, or --fipo-allow-single-step with stale asynchronous rollouts and --use-rollout-logprobs"
+            f"{fix}, or --fipo-allow-single-step where the old log-probs are another policy's: with --keep-old-actor,"
+            " or with stale asynchronous rollouts and --use-rollout-logprobs"
         )
-    if not args.use_rollout_logprobs or shift_is_apart(args):
+    if not args.keep_old_actor and (not args.use_rollout_logprobs or shift_is_apart(args)):
         raise ValueError(
-            f"{fix}; --fipo-allow-single-step helps only where the shift comes from stale asynchronous rollouts:"
-            " with --use-rollout-logprobs and without --fipo-shift-from train"
+            f"{fix}; --fipo-allow-single-step helps only where the old log-probs are another policy's: with"
+            " --keep-old-actor, or with stale asynchronous rollouts, --use-rollout-logprobs and without"
+            " --fipo-shift-from train"
         )
 
 

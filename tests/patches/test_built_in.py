@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_policy_loss_is_bitwise_unchanged(base, patched, version, tmp_path, cp_s
         run = python(["-m", "tests.patches.rig", version, out, cp_size, "policy_loss"], tree)
         assert run.returncode == 0, run.stderr[-4000:]
         results.append(torch.load(out, weights_only=True))
-    assert results[0].keys() == results[1].keys() and len(results[0]) > 20
+    assert results[0].keys() == results[1].keys() and len(results[0]) >= 20
     for name, expected in results[0].items():
         actual = results[1][name]
         assert torch.equal(actual["loss"], expected["loss"]) and torch.equal(actual["gradient"], expected["gradient"])
@@ -102,6 +103,48 @@ def test_passes_by_slimes_own_way_of_running_tests(patched):
     assert " passed" in run.stdout
 
 
+BATCH_LAYOUT = "slime/backends/megatron_utils/fipo.py"
+FEATURES = {
+    "shift from train": (
+        'log_ratio + torch.cat(batch["rollout_log_probs"]) - torch.cat(batch["log_probs"])',
+        "log_ratio * 7 + 3",
+    ),
+    "mismatch metrics": ("if args.fipo_step_id == 0 and", "if False and"),
+    "mismatch metrics at every step": ("if args.fipo_step_id == 0 and", "if"),
+    "log-ratio": ("-ppo_kl.detach()", "-ppo_kl.detach() + 0.1"),
+}
+
+
+def mutations(series: patch.Series, tree: Path) -> dict[str, tuple[str, str]]:
+    """Each hook into slime's code taken back by itself, and features of the added module broken."""
+    mutated = {}
+    for hook in generator().OBJECTIVE:
+        if series.name in hook.bases and "Choose loss type" not in hook.text:  # help is for people
+            text = (tree / hook.path).read_text()
+            changed = hook.text if hook.replace else hook.anchor + hook.text
+            assert text.count(changed) == 1
+            mutated[f"without {hook.text.strip()}"] = (hook.path, text.replace(changed, hook.anchor))
+    text = (tree / BATCH_LAYOUT).read_text()
+    for name, (old, new) in FEATURES.items():
+        assert text.count(old) == 1, name
+        mutated[name] = (BATCH_LAYOUT, text.replace(old, new))
+    return mutated
+
+
+def test_slimes_new_tests_notice_every_missing_line(series, patched, tmp_path):
+    shutil.copytree(patched, tmp_path / "slime", symlinks=True)
+    (tmp_path / "in.json").write_text(json.dumps(mutations(series, patched)))
+    arguments = ["-m", "tests.patches.mutation_rig", tmp_path / "slime", tmp_path / "in.json", tmp_path / "out.json"]
+    run = python(arguments, timeout=540)
+    assert run.returncode == 0, run.stderr[-4000:]
+    results = json.loads((tmp_path / "out.json").read_text())
+    unchanged = results.pop("")
+    assert unchanged["status"] == pytest.ExitCode.OK, unchanged["output"][-4000:]
+    statuses = {name: result["status"] for name, result in results.items()}
+    assert len(statuses) >= 14
+    assert statuses == dict.fromkeys(statuses, pytest.ExitCode.TESTS_FAILED)
+
+
 # Of the plugin alone: flags that upstream has no use for, and its look at sys.argv and its launcher's arrangements.
 NOT_UPSTREAM = {"chunk_size", "misspelt", "yaml_misspelt", "negated_without_the_loss", "custom_loss_function"}
 NOT_UPSTREAM |= {"custom_tis", "lacking_slime"}
@@ -112,6 +155,7 @@ SAME = {
     "unclipped": [*BATCH, *FIPO, "--fipo-unclipped"],
     "num_steps": ["--num-steps-per-rollout", "4", *FIPO],
     "stale": [*ONE_STEP, *FIPO, "--fipo-allow-single-step", "--use-rollout-logprobs"],
+    "old_actor": [*ONE_STEP, *FIPO, "--fipo-allow-single-step", "--keep-old-actor"],
     "own_mismatch": [*BATCH, *TRAIN_FROM_ROLLOUT, *MISMATCH],
     "same_c": [*BATCH, *FIPO, "--eps-clip-c", "3", "--fipo-dual-clip-c", "3"],
     "off": [*BATCH, *FIPO, "--fipo-dual-clip-c", "none", "--fipo-safety-thresh", "none"],

@@ -45,6 +45,7 @@ ERRORS = {
     "single_step": ([*ONE_STEP, *FIPO], "--global-batch-size 32 of 32 samples"),
     "single_step_of_two_thirds": (["--global-batch-size", "20", *FIPO], "--global-batch-size 20 of 32 samples"),
     "num_steps_per_rollout": (["--num-steps-per-rollout", "1", *FIPO], "--num-steps-per-rollout 8"),
+    "single_step_old_actor": ([*ONE_STEP, *FIPO, "--keep-old-actor"], "--fipo-allow-single-step where"),
     "single_step_on_policy": ([*ONE_STEP, *FIPO, "--fipo-allow-single-step"], "--use-rollout-logprobs"),
     "single_step_from_train": (
         [*ONE_STEP, *TRAIN_FROM_ROLLOUT, "--fipo-allow-single-step"],
@@ -122,6 +123,7 @@ def cases(tmp_path: Path, version: str) -> dict:
         "unclipped": wrapped(*BATCH, *FIPO, "--fipo-unclipped"),
         "num_steps": wrapped("--num-steps-per-rollout", "4", *FIPO),
         "stale": wrapped(*ONE_STEP, *FIPO, "--fipo-allow-single-step", "--use-rollout-logprobs"),
+        "old_actor": wrapped(*ONE_STEP, *FIPO, "--fipo-allow-single-step", "--keep-old-actor"),
         "from_train": wrapped(*BATCH, *TRAIN_FROM_ROLLOUT),
         "own_mismatch": wrapped(
             *BATCH, *TRAIN_FROM_ROLLOUT, "--get-mismatch-metrics", "--custom-tis-function-path", "my.tis"
@@ -208,6 +210,7 @@ def test_settings_reach_the_namespace(parsed):
     assert (unclipped["fipo_unclipped"], unclipped["fipo_clip_ratio_low"]) == ("True", "None")
     assert namespace(parsed["num_steps"])["global_batch_size"] == "8"
     assert namespace(parsed["stale"])["loss_type"] == "'custom_loss'"
+    assert namespace(parsed["old_actor"])["fipo_allow_single_step"] == "True"
     assert namespace(parsed["hook"])["fipo_chained_hook_path"] == "'my.hook'"
     assert namespace(parsed["same_c"])["eps_clip_c"] == "3.0"
     yaml = namespace(parsed["yaml"])

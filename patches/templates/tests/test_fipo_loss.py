@@ -1,19 +1,27 @@
 """CPU tests for --loss-type fipo_loss (FIPO, https://arxiv.org/abs/2603.19835).
 
 The weights are checked against a per-token recurrence in float64 that shares no code with slime/utils/fipo.py, and
-context parallelism against the same batch on one rank, with real gloo collectives.
+context parallelism against the same batch on one rank, with real gloo collectives. From parse_args over train_one_step
+to loss_function the code under test is slime's own; Megatron and the model are replaced.
 """
 
 import argparse
+import importlib.util
 import math
+import sys
 from argparse import Namespace
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import _cp_dist_helpers  # installs the megatron stub, so it comes before slime's Megatron modules
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_megatron_argument_validation import load_slime_arguments_module, make_slime_validate_args
 
+from slime.backends.megatron_utils import loss as slime_loss
+from slime.backends.megatron_utils.cp_utils import all_gather_with_cp, get_sum_of_sample_mean
 from slime.utils.fipo import FipoConfig, add_fipo_arguments, fipo_config_from_args, fipo_weights, validate_fipo_args
 
 NUM_GPUS = 0
@@ -41,9 +49,12 @@ SETTINGS = {
     "no_filter": {"max_dual_clipped_tokens": None},
     "trained_tokens": {"decay_over": "trained_tokens", "decay_rate": 6.0},
 }
+# Every weight is 1.
+ONES = {"fipo_clip_ratio_low": 0.0, "fipo_clip_ratio_high": 0.0, "fipo_max_dual_clipped_tokens": "none"}
 
 
 def _samples():
+    """Per response: float64 log-ratios to the trainer's old log-probs, advantages, masks; and the lengths."""
     generator = torch.Generator().manual_seed(0)
     samples = {"log_ratio": [], "advantages": [], "loss_masks": []}
     for _, length, advantage, ratios, (start, stop) in RESPONSES:
@@ -61,11 +72,11 @@ def _samples():
     return samples
 
 
-def _expected_weights(log_ratio, advantages, mask, config):
-    """One response, token by token, from the paper's equations."""
+def _expected(log_ratio, advantages, mask, config):
+    """Future-KL and weights of one response, token by token, from the paper's equations."""
     c = config.dual_clip_c
     gamma = 2 ** (-1 / config.decay_rate)
-    weights, carry, dual_clipped = [], 0.0, 0
+    future_kl, weights, carry, dual_clipped = [], [], 0.0, 0
     for shift, advantage, trained in zip(*(x.flip(0).tolist() for x in (log_ratio, advantages, mask)), strict=True):
         finite = math.isfinite(shift)
         shift = max(-20.0, min(20.0, shift)) if finite else 0.0
@@ -77,10 +88,19 @@ def _expected_weights(log_ratio, advantages, mask, config):
         if config.safety_thresh is not None and advantage < 0 and shift > math.log(config.safety_thresh):
             weight = max(0.8, min(1.0, weight))
         dual_clipped += bool(trained) and advantage < 0 and too_high
+        future_kl.append(carry)
         weights.append(weight)
     limit = config.max_dual_clipped_tokens
     dropped = limit is not None and dual_clipped > limit
-    return torch.tensor([0.0 if dropped else weight for weight in reversed(weights)], dtype=torch.float64)
+    weights = [0.0 if dropped else weight for weight in weights]
+    return torch.tensor([future_kl[::-1], weights[::-1]], dtype=torch.float64)
+
+
+def _expected_of_batch(samples, config, log_ratios=None):
+    """Packed Future-KL and weights."""
+    log_ratios = samples["log_ratio"] if log_ratios is None else log_ratios
+    per_response = zip(log_ratios, samples["advantages"], samples["loss_masks"], strict=True)
+    return torch.cat([_expected(*tensors, config) for tensors in per_response], dim=1)
 
 
 def _weights(samples, config):
@@ -92,8 +112,7 @@ def _weights(samples, config):
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_weights_match_per_token_recurrence(settings):
     samples, config = _samples(), FipoConfig(**settings)
-    per_response = zip(samples["log_ratio"], samples["advantages"], samples["loss_masks"], strict=True)
-    expected = torch.cat([_expected_weights(*tensors, config) for tensors in per_response])
+    _, expected = _expected_of_batch(samples, config)
 
     torch.testing.assert_close(_weights(samples, config).weights, expected, rtol=1e-12, atol=1e-12)
 
@@ -110,68 +129,12 @@ def test_non_finite_shift_stays_on_its_token():
         assert result.metrics["nonfinite_frac"].sum() == 1
 
 
-def _cp_worker(rank, cp_size, port, path):
-    _cp_dist_helpers.stub_megatron_in_worker(cp_size, rank)
-    group = _cp_dist_helpers.init_worker_process_group(rank, cp_size, port)
-    try:
-        from megatron.core import mpu
-
-        from slime.backends.megatron_utils.cp_utils import get_sum_of_sample_mean
-        from slime.backends.megatron_utils.fipo import compute_fipo_weights
-
-        mpu.get_context_parallel_group = lambda: group
-        results = {}
-        for name, settings in SETTINGS.items():
-            samples = _samples()
-            lengths = list(zip(samples["total_lengths"], samples["response_lengths"], strict=True))
-            if cp_size > 1:
-                for key in ("log_ratio", "advantages"):
-                    local = (
-                        _cp_dist_helpers.cp_chunk_response_tensor(x, *n)
-                        for x, n in zip(samples[key], lengths, strict=True)
-                    )
-                    samples[key] = list(local)
-            ppo_kl, advantages = -torch.cat(samples["log_ratio"]), torch.cat(samples["advantages"])
-            reducer = get_sum_of_sample_mean(*zip(*lengths, strict=True), samples["loss_masks"])
-            args = _args(fipo_log_detail=True, **_as_flags(settings))
-            weights, metrics = compute_fipo_weights(
-                args, {**samples, "log_probs": samples["log_ratio"]}, ppo_kl, advantages, reducer
-            )
-            loss = reducer(ppo_kl * weights)
-            values = torch.stack([loss, *metrics.values()])
-            dist.all_reduce(values, group=group)
-            results[name] = dict(zip(["loss", *metrics], values.tolist(), strict=True))
-        if rank == 0:
-            torch.save(results, path)
-    finally:
-        dist.destroy_process_group()
-
-
-def _as_flags(settings):
-    flags = {f"fipo_{name}": "none" if value is None else value for name, value in settings.items()}
-    if "fipo_clip_influence" in flags:
-        flags["fipo_unclipped"] = not flags.pop("fipo_clip_influence")
-    return flags
-
-
-@pytest.mark.unit
-def test_loss_and_metrics_are_cp_invariant(tmp_path):
-    results = {}
-    for cp_size in (1, 2, 4):
-        path = tmp_path / f"cp{cp_size}.pt"
-        mp.spawn(_cp_worker, (cp_size, _cp_dist_helpers.free_port(), path), nprocs=cp_size)
-        results[cp_size] = torch.load(path, weights_only=True)
-
-    for cp_size in (2, 4):
-        for name in SETTINGS:
-            assert results[cp_size][name] == pytest.approx(results[1][name], rel=1e-9, abs=1e-12), (cp_size, name)
-    assert results[1]["defaults"]["fipo/dropped_frac"] > 0
-
-
 def _args(**flags):
-    """What policy_loss_function and validate_fipo_args read, at slime's defaults."""
+    """What the loss and validate_fipo_args read, at slime's defaults."""
     defaults = dict(
         advantage_estimator="grpo",
+        allgather_cp=False,
+        calculate_per_token_loss=False,
         compute_advantages_and_returns=True,
         custom_pg_loss_reducer_function_path=None,
         entropy_coef=0.0,
@@ -180,8 +143,10 @@ def _args(**flags):
         eps_clip_high=0.28,
         get_mismatch_metrics=False,
         global_batch_size=64,
+        keep_old_actor=False,
         loss_type="fipo_loss",
         n_samples_per_prompt=16,
+        recompute_loss_function=False,
         rollout_batch_size=32,
         rollout_top_p=1.0,
         use_kl_loss=False,
@@ -193,78 +158,226 @@ def _args(**flags):
     return Namespace(**{**vars(parsed), **defaults, **flags})
 
 
-def _policy_loss(monkeypatch, args):
-    """Loss, gradient with respect to the log-probs, and metrics of slime's policy_loss_function."""
-    from slime.backends.megatron_utils import loss as slime_loss
-    from slime.backends.megatron_utils.cp_utils import get_sum_of_sample_mean
+def _validated(step_id=1, **flags):
+    """_args as they reach the loss."""
+    args = _args(**flags)
+    validate_fipo_args(args)
+    return Namespace(**vars(args), fipo_step_id=step_id)
 
-    samples = _samples()
-    lengths = samples["response_lengths"]
-    leaf = torch.cat(samples["log_ratio"]).float().requires_grad_()
-    entropy = [torch.zeros(n) for n in lengths]
-    outputs = {"log_probs": list(leaf.split(lengths)), "entropy": entropy}
-    monkeypatch.setattr(slime_loss, "get_log_probs_and_entropy", lambda *_, **__: (None, outputs))
-    batch = {
-        **samples,
-        "advantages": [advantage.float() for advantage in samples["advantages"]],
-        "log_probs": [torch.zeros(n) for n in lengths],
-        "unconcat_tokens": None,
-        "rollout_mask_sums": [mask.sum() for mask in samples["loss_masks"]],
+
+def _batch(samples, slice_fn=lambda tensor, *_: tensor):
+    """The micro-batch, its per-token lists as this rank has them, and the policy's log-probs as leaves.
+
+    The policy is log_ratio away from Megatron's old log-probs, which SGLang's differ from by engine noise.
+    """
+    generator = torch.Generator().manual_seed(1)
+    lengths = list(zip(samples["total_lengths"], samples["response_lengths"], strict=True))
+    old = [-3.0 * torch.rand(n, generator=generator, dtype=torch.float64) for _, n in lengths]
+    noise = [0.03 * torch.randn(n, generator=generator, dtype=torch.float64) for _, n in lengths]
+    per_token = {
+        "advantages": samples["advantages"],
+        "log_probs": old,
+        "rollout_log_probs": [a + b for a, b in zip(old, noise, strict=True)],
+        "policy": [a + b for a, b in zip(old, samples["log_ratio"], strict=True)],
     }
-    reducer = get_sum_of_sample_mean(samples["total_lengths"], lengths, samples["loss_masks"])
+    for key, tensors in per_token.items():
+        per_token[key] = [slice_fn(tensor, *n) for tensor, n in zip(tensors, lengths, strict=True)]
+    policy = [tensor.detach().requires_grad_() for tensor in per_token.pop("policy")]
+    batch = {
+        **per_token,
+        "loss_masks": samples["loss_masks"],
+        "response_lengths": samples["response_lengths"],
+        "rollout_mask_sums": [mask.sum() for mask in samples["loss_masks"]],
+        "total_lengths": samples["total_lengths"],
+        "unconcat_tokens": None,
+    }
+    return batch, policy
+
+
+def _log_probs_of(policy):
+    """Stands for get_log_probs_and_entropy, whose log-probs are then the leaves of the gradient."""
+    entropy = [torch.zeros(log_probs.numel()) for log_probs in policy]
+    return lambda *_, **__: (None, {"log_probs": policy, "entropy": entropy})
+
+
+def _loss_function(monkeypatch, args):
+    """slime's loss_function: loss, gradient with respect to the packed log-probs, metrics as sums over responses."""
+    batch, policy = _batch(_samples())
+    monkeypatch.setattr(slime_loss, "get_log_probs_and_entropy", _log_probs_of(policy))
+    monkeypatch.setattr(slime_loss.mpu, "get_data_parallel_world_size", lambda **_: 1, raising=False)
     with torch.compiler.set_stance("force_eager"):
-        loss, metrics = slime_loss.policy_loss_function(args, batch, torch.zeros(1, 1, 1), reducer)
+        loss, _, log = slime_loss.loss_function(args, batch, 1, len(RESPONSES), torch.zeros(1, 1, 1))
     loss.backward()
-    return loss.detach(), leaf.grad, metrics
+    metrics = dict(zip(log["keys"], log["values"][1:].tolist(), strict=True))
+    return loss.detach(), torch.cat([log_probs.grad for log_probs in policy]), metrics
 
 
 @pytest.mark.unit
-def test_weights_of_one_leave_policy_loss_bitwise_the_same(monkeypatch):
-    ones = _args(fipo_clip_ratio_low=0.0, fipo_clip_ratio_high=0.0, fipo_max_dual_clipped_tokens="none")
-    loss, grad, _ = _policy_loss(monkeypatch, ones)
-
-    from slime.backends.megatron_utils import loss as slime_loss
+@pytest.mark.parametrize("per_token", [False, True], ids=["sample_mean", "per_token"])
+def test_weights_of_one_are_policy_loss_bitwise(monkeypatch, per_token):
+    loss, grad, _ = _loss_function(monkeypatch, _validated(calculate_per_token_loss=per_token, **ONES))
 
     original = slime_loss.compute_policy_loss
     monkeypatch.setattr(slime_loss, "compute_policy_loss", lambda *x, **_: original(*x[:4], eps_clip_c=10.0))
-    expected_loss, expected_grad, metrics = _policy_loss(monkeypatch, _args(loss_type="policy_loss"))
+    args = _args(calculate_per_token_loss=per_token, loss_type="policy_loss")
+    expected_loss, expected_grad, metrics = _loss_function(monkeypatch, args)
     assert torch.equal(loss, expected_loss) and torch.equal(grad, expected_grad)
     assert not any(name.startswith("fipo/") for name in metrics)
 
 
 @pytest.mark.unit
-def test_gradient_is_policy_loss_gradient_times_weight(monkeypatch):
-    samples = _samples()
-    weights = _weights(samples, FipoConfig(dual_clip_c=10.0)).weights.float()
-    ones = _args(fipo_clip_ratio_low=0.0, fipo_clip_ratio_high=0.0, fipo_max_dual_clipped_tokens="none")
-    _, unweighted, _ = _policy_loss(monkeypatch, ones)
-    _, grad, metrics = _policy_loss(monkeypatch, _args())
+@pytest.mark.parametrize("per_token", [False, True], ids=["sample_mean", "per_token"])
+@pytest.mark.parametrize("shift", ["train", "rollout", "train_beside_rollout"])
+@pytest.mark.parametrize("step_id", [0, 1])
+def test_loss_function_matches_recurrence(monkeypatch, per_token, shift, step_id):
+    flags = dict(calculate_per_token_loss=per_token, step_id=step_id, fipo_log_detail=True)
+    if shift != "train":
+        flags.update(use_rollout_logprobs=True)
+    if shift == "train_beside_rollout":
+        flags.update(fipo_shift_from="train", get_mismatch_metrics=True)
+    args = _validated(**flags)
+    unweighted = _validated(**flags, **ONES)
+    # Only slime's recomputation of the log-probs is wanted of it here, not its correction of the loss.
+    args.get_mismatch_metrics = unweighted.get_mismatch_metrics = False
 
-    torch.testing.assert_close(grad, unweighted * weights, rtol=1e-5, atol=1e-9)
-    assert not torch.equal(grad, unweighted)
-    assert {"fipo/future_kl", "fipo/influence_weight", "fipo/dropped_frac"} <= metrics.keys()
+    samples = _samples()
+    batch, policy = _batch(samples)
+    old = batch["rollout_log_probs" if shift == "rollout" else "log_probs"]
+    log_ratios = [(new - tensor).detach() for new, tensor in zip(policy, old, strict=True)]
+    future_kl, weights = _expected_of_batch(samples, FipoConfig(), log_ratios)
+    lengths = (samples["total_lengths"], samples["response_lengths"])
+    reducer = get_sum_of_sample_mean(*lengths, samples["loss_masks"], batch["rollout_mask_sums"], per_token)
+
+    _, grad, metrics = _loss_function(monkeypatch, args)
+    _, unweighted_grad, _ = _loss_function(monkeypatch, unweighted)
+    torch.testing.assert_close(grad, unweighted_grad * weights, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(grad, unweighted_grad)
+
+    assert metrics["fipo/future_kl"] == pytest.approx(reducer(future_kl).item(), rel=1e-5)
+    mismatch = {name: value for name, value in metrics.items() if name.startswith("fipo/mismatch_")}
+    if shift != "rollout" or step_id != 0:
+        assert mismatch == {}
+        return
+    clipped = (future_kl.exp() > 1.2) | (future_kl.exp() < 0.8)
+    assert mismatch == {
+        "fipo/mismatch_future_kl_abs": pytest.approx(reducer(future_kl.abs()).item(), rel=1e-5),
+        "fipo/mismatch_clip_frac": pytest.approx(reducer(clipped.double()).item(), rel=1e-5),
+    }
+
+
+def _load_model_module(monkeypatch):
+    """slime/backends/megatron_utils/model.py with everything but its own code and the loss replaced."""
+    package = "slime.backends.megatron_utils"
+    stubs = [f"{package}.{name}" for name in ("checkpoint", "data", "model_provider", "stateless_adam")]
+    stubs += [f"megatron.core.{name}" for name in ("distributed", "enums", "optimizer", "optimizer.optimizer")]
+    stubs += [f"megatron.core.{name}" for name in ("models", "models.gpt", "optimizer_param_scheduler", "utils")]
+    stubs += [f"megatron.core.{name}" for name in ("pipeline_parallel", "pipeline_parallel.utils")]
+    stubs += ["megatron.training", "megatron.training.global_vars", "megatron.training.training"]
+    for name in stubs:
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    path = Path(__file__).resolve().parents[1] / "slime" / "backends" / "megatron_utils" / "model.py"
+    spec = importlib.util.spec_from_file_location(f"{package}.test_fipo_loss_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.unit
+def test_train_one_step_reports_mismatch_at_the_first_step_only(monkeypatch):
+    module = _load_model_module(monkeypatch)
+    args = _validated(use_rollout_logprobs=True)
+    del args.fipo_step_id
+    for name in ("ci_test", "custom_megatron_before_train_step_hook_path", "enable_mtp_training"):
+        setattr(args, name, None)
+    args.check_for_nan_in_loss_and_grad, args.save_debug_train_data = True, None
+    args.data_pad_size_multiplier, args.seq_length, args.micro_batch_size, args.decoder_seq_length = 128, 1, 1, None
+
+    batch, policy = _batch(_samples())
+    batch.update(tokens=None, packed_seq_params=None, full_loss_masks=None, multimodal_train_inputs=None)
+
+    def forward_backward(forward_step_func, data_iterator, model, **_):
+        output, loss_func = forward_step_func(data_iterator, model[0])
+        return [loss_func(output)[2]]
+
+    monkeypatch.setattr(module, "get_args", lambda: args)
+    monkeypatch.setattr(module, "get_batch", lambda *_: batch)
+    monkeypatch.setattr(module, "get_forward_backward_func", lambda: forward_backward)
+    monkeypatch.setattr(slime_loss, "get_log_probs_and_entropy", _log_probs_of(policy))
+    monkeypatch.setattr(slime_loss.mpu, "get_data_parallel_world_size", lambda **_: 1, raising=False)
+    monkeypatch.setattr(slime_loss.mpu, "get_data_parallel_group", lambda **_: None, raising=False)
+    monkeypatch.setattr(slime_loss.mpu, "is_pipeline_last_stage", lambda **_: True, raising=False)
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)
+    optimizer, scheduler = MagicMock(), MagicMock()
+    optimizer.step.return_value = (True, 1.0, None)
+    model = MagicMock(return_value=torch.zeros(1, 1, 1))
+
+    reported = []
+    with torch.compiler.set_stance("force_eager"):
+        for step_id in (0, 1):
+            losses, _ = module.train_one_step(args, 3, step_id, None, [model], optimizer, scheduler, 1, len(RESPONSES))
+            reported.append({name for name in losses if name.startswith("fipo/")})
+    assert reported[0] - reported[1] == {"fipo/mismatch_future_kl_abs", "fipo/mismatch_clip_frac"}
+    assert "fipo/influence_weight" in reported[1]
+
+
+def _parse_args(monkeypatch, *flags):
+    """slime's parse_args, with the rest of what it validates at that test's values."""
+    module = load_slime_arguments_module(monkeypatch)
+
+    def megatron_parse_args(extra_args_provider, **_):
+        parsed = extra_args_provider(argparse.ArgumentParser()).parse_args()
+        return Namespace(**{**vars(make_slime_validate_args()), "eps_clip_c": None, **vars(parsed)})
+
+    megatron_arguments = MagicMock(megatron_parse_args=megatron_parse_args)
+    monkeypatch.setitem(sys.modules, "slime.backends.megatron_utils.arguments", megatron_arguments)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--rollout-batch-size", "32", "--n-samples-per-prompt", "16", *flags])
+    return module.parse_args()
+
+
+@pytest.mark.unit
+def test_parse_args_takes_and_validates_fipo(monkeypatch):
+    flags = ["--global-batch-size", "64", "--loss-type", "fipo_loss", "--hf-checkpoint", "hf", "--num-rollout", "1"]
+    args = _parse_args(monkeypatch, *flags, "--fipo-preset", "7b", "--fipo-decay-rate", "64")
+    assert (args.loss_type, args.fipo_decay_rate, args.fipo_safety_thresh, args.eps_clip_c) == ("fipo_loss", 64, 3, 10)
+
+    with pytest.raises(ValueError, match="--fipo-decay-rate"):
+        _parse_args(monkeypatch, *flags, "--fipo-decay-rate", "0")
 
 
 @pytest.mark.unit
 def test_flags_win_over_the_preset():
-    parser = add_fipo_arguments(argparse.ArgumentParser())
-    args = parser.parse_args(["--fipo-preset", "7b", "--fipo-clip-ratio-high", "0.28", "--fipo-dual-clip-c", "none"])
-    expected = FipoConfig(safety_thresh=3.0, clip_ratio_high=0.28, dual_clip_c=None)
+    args = _args(fipo_preset="7b", fipo_clip_ratio_high=0.28, fipo_dual_clip_c="none")
 
-    assert fipo_config_from_args(args) == expected
-    assert fipo_config_from_args(parser.parse_args([])) == FipoConfig()
+    assert fipo_config_from_args(args) == FipoConfig(safety_thresh=3.0, clip_ratio_high=0.28, dual_clip_c=None)
+    assert fipo_config_from_args(_args()) == FipoConfig()
 
 
 @pytest.mark.unit
-def test_validation_writes_effective_settings_and_is_idempotent():
-    args = _args(fipo_preset="32b", fipo_clip_ratio=0.1)
-    validate_fipo_args(args)
-    assert (args.fipo_clip_ratio_low, args.fipo_clip_ratio_high, args.fipo_clip_high_only) == (0.1, 0.1, True)
-    assert args.eps_clip_c == args.fipo_dual_clip_c == 10.0
-
+@pytest.mark.parametrize("flags", [{"fipo_preset": "32b", "fipo_clip_ratio": 0.1}, {"fipo_unclipped": True}, ONES])
+def test_validation_writes_effective_settings(flags):
+    args = _args(**flags)
+    config = fipo_config_from_args(args)
     before = dict(vars(args))
+    assert fipo_config_from_args(args) == config and vars(args) == before
+
     validate_fipo_args(args)
-    assert vars(args) == before
+    assert args.eps_clip_c == args.fipo_dual_clip_c == 10.0
+    assert args.fipo_safety_thresh == config.safety_thresh and args.fipo_shift_from == "ratio"
+    assert fipo_config_from_args(args) == config
+
+
+@pytest.mark.unit
+def test_one_step_per_rollout_needs_another_policys_log_probs():
+    single = {"global_batch_size": 512, "fipo_allow_single_step": True}
+    stale = {**single, "use_rollout_logprobs": True}
+    from_train = {**stale, "fipo_shift_from": "train", "get_mismatch_metrics": True}
+    for flags in (stale, {**single, "keep_old_actor": True}, {**from_train, "keep_old_actor": True}):
+        validate_fipo_args(_args(**flags))
+        with pytest.raises(ValueError, match="--fipo-allow-single-step where"):
+            validate_fipo_args(_args(**{**flags, "fipo_allow_single_step": None}))
+    for flags in (single, from_train):
+        with pytest.raises(ValueError, match="--fipo-allow-single-step helps only"):
+            validate_fipo_args(_args(**flags))
 
 
 @pytest.mark.unit
@@ -279,9 +392,8 @@ def test_validation_writes_effective_settings_and_is_idempotent():
         ({"eps_clip_c": 3.0}, "--eps-clip-c"),
         ({"advantage_estimator": "gspo"}, "--advantage-estimator gspo"),
         ({"compute_advantages_and_returns": False}, "--disable-compute-advantages-and-returns"),
-        ({"global_batch_size": 512}, "--global-batch-size"),
         ({"fipo_shift_from": "train", "use_rollout_logprobs": True}, "--get-mismatch-metrics"),
-        ({"loss_type": "policy_loss", "fipo_decay_rate": 8.0}, "--loss-type fipo_loss"),
+        ({"loss_type": "policy_loss", "fipo_decay_rate": 8.0}, "--fipo-decay-rate needs --loss-type fipo_loss"),
     ],
 )
 def test_validation_names_the_flag(flags, message):
@@ -290,11 +402,70 @@ def test_validation_names_the_flag(flags, message):
 
 
 @pytest.mark.unit
-def test_missing_old_log_probs_are_refused():
-    from slime.backends.megatron_utils.fipo import compute_fipo_weights
-
+def test_missing_old_log_probs_are_refused(monkeypatch):
+    batch, policy = _batch(_samples())
+    batch["log_probs"] = None
+    monkeypatch.setattr(slime_loss, "get_log_probs_and_entropy", _log_probs_of(policy))
     with pytest.raises(ValueError, match="log_probs"):
-        compute_fipo_weights(_args(), {"log_probs": None}, torch.zeros(0), torch.zeros(0), torch.sum)
+        slime_loss.loss_function(_validated(), batch, 1, len(RESPONSES), torch.zeros(1, 1, 1))
+
+
+def _cp_worker(rank, world_size, port, path):
+    group = _cp_dist_helpers.init_worker_process_group(rank, world_size, port)
+    groups = {1: dist.new_group([0]), 2: dist.new_group([0, 1]), 4: group}
+    try:
+        results = {cp_size: _cp_results(rank, cp_size, groups[cp_size]) for cp_size in groups if rank < cp_size}
+        if rank == 0:
+            torch.save(results, path)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _cp_results(rank, cp_size, group):
+    """Loss and metrics of policy_loss_function summed over the CP group, and the whole gradient, for all settings."""
+    _cp_dist_helpers.stub_megatron_in_worker(cp_size, rank)
+    slime_loss.mpu.get_context_parallel_group = lambda: group
+    slice_fn = _cp_dist_helpers.cp_chunk_response_tensor if cp_size > 1 else lambda tensor, *_: tensor
+    results = {}
+    with torch.compiler.set_stance("force_eager"):
+        for name, settings in SETTINGS.items():
+            samples = _samples()
+            batch, policy = _batch(samples, slice_fn)
+            slime_loss.get_log_probs_and_entropy = _log_probs_of(policy)
+            lengths = (samples["total_lengths"], samples["response_lengths"])
+            reducer = get_sum_of_sample_mean(*lengths, samples["loss_masks"], batch["rollout_mask_sums"])
+            args = _validated(fipo_log_detail=True, **_as_flags(settings))
+            loss, metrics = slime_loss.policy_loss_function(args, batch, torch.zeros(1, 1, 1), reducer)
+            loss.backward()
+            grads = zip((log_probs.grad for log_probs in policy), *lengths, strict=True)
+            grad = torch.cat([all_gather_with_cp(*tensors) for tensors in grads])
+            values = torch.stack([value.double() for value in metrics.values()])
+            dist.all_reduce(values, group=group)
+            results[name] = {"grad": grad, **dict(zip(metrics, values, strict=True))}
+    return results
+
+
+def _as_flags(settings):
+    flags = {f"fipo_{name}": "none" if value is None else value for name, value in settings.items()}
+    if "fipo_clip_influence" in flags:
+        flags["fipo_unclipped"] = not flags.pop("fipo_clip_influence")
+    return flags
+
+
+@pytest.mark.unit
+def test_loss_gradient_and_metrics_are_cp_invariant(tmp_path):
+    path = tmp_path / "results.pt"
+    mp.spawn(_cp_worker, (4, _cp_dist_helpers.free_port(), path), nprocs=4)
+    results = torch.load(path, weights_only=True)
+
+    for cp_size in (2, 4):
+        for name, expected in results[1].items():
+            for key, value in expected.items():
+                actual = results[cp_size][name][key]
+                torch.testing.assert_close(actual, value, rtol=1e-9, atol=1e-12, msg=f"CP {cp_size}, {name}, {key}")
+    assert {"grad", "loss", "pg_clipfrac", "fipo/future_kl"} <= results[1]["defaults"].keys()
+    assert results[1]["defaults"]["fipo/dropped_frac"] > 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from megatron.core import mpu
 
-from slime.utils.fipo import METRICS, ContextParallel, FipoConfig, fipo_settings, fipo_weights, shift_is_apart
+from slime.utils.fipo import METRICS, ContextParallel, FipoConfig, fipo_config_from_args, fipo_weights, shift_is_apart
 from slime.utils.types import RolloutBatch
 
 from .cp_utils import get_logits_and_tokens_offset_with_cp, slice_log_prob_with_cp
@@ -25,12 +25,12 @@ def compute_fipo_weights(
     advantages: torch.Tensor,
     sum_of_sample_mean: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Compute FIPO's weight for every token, and set ``args.eps_clip_c`` to the dual clip that belongs to it.
+    """Compute FIPO's weight for every token.
 
     Under context parallelism this calls one all-gather of three floats per response, on every rank of the group.
 
     Args:
-        args: Configuration; FIPO's settings are its ``fipo_*`` attributes.
+        args: Configuration, as ``validate_fipo_args`` leaves it, and ``fipo_step_id``, the step within the rollout.
         batch: Micro-batch with "loss_masks", "total_lengths" and "response_lengths" of whole responses, and CP-local
             "log_probs" and "rollout_log_probs".
         ppo_kl: Packed CP-local old minus new log-probs, shape `[T]`.
@@ -42,9 +42,9 @@ def compute_fipo_weights(
         and reduced metrics under "fipo/".
 
     Raises:
-        ValueError: settings that do not fit, or a batch without the old log-probs that the shift is measured from.
+        ValueError: a batch without the old log-probs that the shift is measured from.
     """
-    config = fipo_settings(args)
+    config = fipo_config_from_args(args)
     shift_apart = shift_is_apart(args)
     if (shift_apart or not args.use_rollout_logprobs) and not batch.get("log_probs"):
         raise ValueError("the batch has no log_probs of the policy before this rollout's steps, so FIPO has no shift")
@@ -53,12 +53,13 @@ def compute_fipo_weights(
         log_ratio = log_ratio + torch.cat(batch["rollout_log_probs"]) - torch.cat(batch["log_probs"])
 
     loss_mask, lengths, cp = _layout(batch, config)
-    names = METRICS if getattr(args, "fipo_log_detail", None) else DEFAULT_METRICS
+    names = METRICS if args.fipo_log_detail else DEFAULT_METRICS
     result = fipo_weights(log_ratio, advantages, loss_mask, lengths, config, cp=cp, metrics=names)
 
     values = dict(result.metrics)
-    # At a rollout's first step the policy has not moved: against SGLang's log-probs the shift is engine noise.
-    if getattr(args, "fipo_step_id", None) == 0 and args.use_rollout_logprobs and not shift_apart:
+    # At a rollout's first step the trainer has not moved yet, so against SGLang's log-probs the shift is what the
+    # engines disagree by (and, with train_async.py, the weight updates that the rollout is behind).
+    if args.fipo_step_id == 0 and args.use_rollout_logprobs and not shift_apart:
         values["mismatch_future_kl_abs"] = result.future_kl.abs()
         values["mismatch_clip_frac"] = values["clip_high_frac"] + values["clip_low_frac"]
     return result.weights, {f"fipo/{name}": sum_of_sample_mean(value) for name, value in values.items()}
