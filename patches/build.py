@@ -306,9 +306,9 @@ OBJECTIVE = (
     Hook(
         LOSS,
         "        pg_loss, pg_clipfrac = compute_policy_loss(ppo_kl, advantages, args.eps_clip, args.eps_clip_high)\n",
-        '        eps_clip_c = args.eps_clip_c if args.loss_type == "fipo_loss" else None\n'
+        '        c = args.eps_clip_c if args.loss_type == "fipo_loss" else None\n'
         "        pg_loss, pg_clipfrac = "
-        "compute_policy_loss(ppo_kl, advantages, args.eps_clip, args.eps_clip_high, eps_clip_c)\n",
+        "compute_policy_loss(ppo_kl, advantages, args.eps_clip, args.eps_clip_high, eps_clip_c=c)\n",
         replace=True,
         bases=("v0.3.1",),
     ),
