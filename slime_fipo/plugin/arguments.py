@@ -159,10 +159,11 @@ def _check_steps_per_rollout(args: argparse.Namespace) -> None:
     samples = prompts * samples_per_prompt
     if samples // batch > 1:
         return
+    steps = next((n for n in (8, 4, 2, *range(3, samples + 1)) if samples % n == 0), 1)
     fix = (
         f"one optimizer step per rollout (--global-batch-size {batch} of {samples} samples) leaves Future-KL at"
-        f" zero and FIPO without effect; use --global-batch-size {max(samples // 8, 1)} (8 steps) or"
-        " --num-steps-per-rollout 8"
+        f" zero and FIPO without effect; use --global-batch-size {samples // steps} ({steps} steps) or"
+        f" --num-steps-per-rollout {steps}"
     )
     if not args.fipo_allow_single_step:
         raise ValueError(
