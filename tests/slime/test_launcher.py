@@ -92,7 +92,14 @@ def test_tracebacks_and_exit_codes(directory, ending):
 def test_interrupt_ends_it_with_the_signal(directory):
     script = write(directory, "import time\nprint('ready', flush=True)\ntime.sleep(60)")
     command = [sys.executable, "-m", "slime_fipo", str(script)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background job
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
