@@ -56,10 +56,14 @@ def main():
     if not root:
         sys.exit("SLIME_ROOT is not set; git clone https://github.com/THUDM/slime and give its directory")
     sys.path.insert(0, root)
-    fipo = "fipo_loss" if Path(root, "slime/utils/fipo.py").is_file() else "custom_loss"  # built in, or the plugin
     from slime.backends.megatron_utils import loss as slime_loss
 
+    from tests.patches.rig import built_in_namespace
     from tests.slime.cases import SLIME_DEFAULTS
+
+    plain, fipo = (Namespace(**{**SLIME_DEFAULTS, "loss_type": name}) for name in ("policy_loss", "custom_loss"))
+    if Path(root, "slime/utils/fipo.py").is_file():
+        fipo = built_in_namespace(fipo)
 
     torch.set_num_threads(2)
     single_rank()
@@ -67,15 +71,14 @@ def main():
     logits = torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(1))
     logits.requires_grad_()
 
-    def step(loss_type, backward=True):
-        args = Namespace(**{**SLIME_DEFAULTS, "loss_type": loss_type})
+    def step(args, backward=True):
         loss, _, _ = slime_loss.loss_function(args, batch, 1, RESPONSES, logits)
         if backward:
             loss.backward()
             logits.grad = None
 
-    whole, with_fipo = best_seconds(lambda: step("policy_loss"), lambda: step(fipo), repeats=3, warm_up=1)
-    peaks = [peak_extra_bytes(lambda t=t: step(t, backward=False)) for t in ("policy_loss", fipo)]
+    whole, with_fipo = best_seconds(lambda: step(plain), lambda: step(fipo), repeats=3, warm_up=1)
+    peaks = [peak_extra_bytes(lambda a=a: step(a, backward=False)) for a in (plain, fipo)]
 
     # slime's part over the vocabulary, replaced by its result; what is left is the per-token arithmetic.
     with torch.no_grad():
@@ -90,8 +93,8 @@ def main():
     for log_probs in result["log_probs"]:
         log_probs.requires_grad_()
     slime_loss.get_log_probs_and_entropy = lambda *args, **kwargs: (None, result)
-    bare, bare_with_fipo = best_seconds(lambda: step("policy_loss"), lambda: step(fipo), repeats=30, warm_up=3)
-    bare_peaks = [peak_extra_bytes(lambda t=t: step(t, backward=False)) for t in ("policy_loss", fipo)]
+    bare, bare_with_fipo = best_seconds(lambda: step(plain), lambda: step(fipo), repeats=30, warm_up=3)
+    bare_peaks = [peak_extra_bytes(lambda a=a: step(a, backward=False)) for a in (plain, fipo)]
 
     share = (bare_with_fipo - bare) / whole
     floats = max(peaks[1] - peaks[0], bare_peaks[1] - bare_peaks[0]) / 4 / TOKENS
