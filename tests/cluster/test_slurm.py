@@ -37,10 +37,10 @@ def slurm(short_directory, bystander):
 
 
 class Job:
-    def __init__(self, rig: SlurmRig, directory: Path, rollouts: int, probe: bool = False):
+    def __init__(self, rig: SlurmRig, directory: Path, rollouts: int, *options: str, probe: bool = False):
         self.rig, self.save, self.directory = rig, directory / "run", directory
         self.id = rig.run(
-            *("sbatch", "--parsable", "--nodes=2", "--partition=low", "--gpus-per-node=0"),
+            *("sbatch", "--parsable", "--nodes=2", "--partition=low", "--gpus-per-node=0", *options),
             str(EXAMPLES / "slurm" / "fipo.sbatch"),
             str(EXAMPLES / "run-embedded.sh"),
             *SMALL_RUN.split(),
@@ -83,6 +83,13 @@ def test_a_run_over_both_nodes(slurm, tmp_path):
     assert probe["loss"] == pytest.approx(probe["unsharded_loss"], rel=1e-4)
     assert rollouts_of(job.save) == [0, 1]
     assert slurm.job(job.id)["Restarts"] == "0"
+
+
+def test_a_time_limit_shorter_than_the_notice_is_no_preemption(slurm, tmp_path):
+    job = Job(slurm, tmp_path, 1, "--time=20")
+    job.finish()
+    assert "got USR1 at once: the time limit is shorter than the notice" in job.log()
+    assert slurm_restarts(job) == 0 and rollouts_of(job.save) == [0]
 
 
 def test_a_killed_node_ends_in_a_resumed_run(slurm, tmp_path):
