@@ -20,6 +20,8 @@
 
 EXAMPLE_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 FIPO_DIR="$(cd -- "${EXAMPLE_DIR}/../.." && pwd)"
+# Told to stop, a run finishes its rollout and saves, which takes minutes.
+RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-1500}"
 # shellcheck source=examples/fipo/ray_job.sh
 source "${EXAMPLE_DIR}/ray_job.sh"
 
@@ -56,8 +58,6 @@ OVERLONG_BUFFER_LEN="${OVERLONG_BUFFER_LEN:-2048}"
 EVAL_INTERVAL="${EVAL_INTERVAL:-5}"
 EVAL_SAMPLES="${EVAL_SAMPLES:-32}"
 SAVE_INTERVAL="${SAVE_INTERVAL:-5}"
-# Told to stop, a run finishes its rollout and saves, which takes minutes.
-RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-1500}"
 
 launch() {
    local -a loss_args eval_data=() wandb_args=()

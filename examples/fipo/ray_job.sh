@@ -11,6 +11,7 @@
 RAY_PID=
 SUBMIT_PID=
 JOB_ID=
+RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-60}"
 
 # quoted WORD...: the words as one line that a shell reads back as the same words
 quoted() {
@@ -22,7 +23,7 @@ quoted() {
 # env_json NAME=VALUE...: Ray's runtime environment. Ray's job supervisor, which stops a job, runs in it too.
 env_json() {
    python3 -c 'import json, sys; print(json.dumps({"env_vars": dict(a.split("=", 1) for a in sys.argv[1:])}))' \
-      "$@" "RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S:-60}"
+      "$@" "RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S}"
 }
 
 # check_quoting WORD...: older Rays' `ray job submit` joins the words by Windows' rules and hands the line to sh
@@ -90,7 +91,7 @@ stop_own_ray() {
 # A stopped job gets SIGTERM and RAY_JOB_STOP_WAIT_TIME_S to end; following its log ends when it has.
 stop_job() {
    trap 'exit 143' INT TERM
-   echo "stopping Ray job ${JOB_ID}, which has ${RAY_JOB_STOP_WAIT_TIME_S:-60} s to end; a second signal does not wait" >&2
+   echo "stopping Ray job ${JOB_ID}, which has ${RAY_JOB_STOP_WAIT_TIME_S} s to end; a second signal does not wait" >&2
    RAY_ADDRESS="${RAY_ADDRESS}" ray job stop --no-wait "${JOB_ID}" >&2 || true
    [[ -z ${SUBMIT_PID} ]] || wait "${SUBMIT_PID}" || true
    exit 143

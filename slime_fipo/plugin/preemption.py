@@ -34,9 +34,8 @@ def save_on_sigterm() -> None:
 
     @functools.wraps(original)
     def should_run_periodic_action(rollout_id, interval, num_rollout_per_epoch=None, num_rollout=None):
-        signal.signal(
-            signal.SIGTERM, on_sigterm
-        )  # not before: ray.init, which comes first, takes the signal for itself
+        # Not before: ray.init, which comes first, takes the signal for itself.
+        signal.signal(signal.SIGTERM, on_sigterm)
         asks_to_save = num_rollout is not None
         if told and not asks_to_save:
             sys.exit(EXIT_CODE)

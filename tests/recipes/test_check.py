@@ -811,12 +811,9 @@ def test_the_papers_sizes_say_nothing_of_experts(sane, tmp_path):
 
 
 @pytest.mark.slime
-def test_no_flag_of_slimes_is_a_misspelling():
+def test_no_flag_of_slimes_is_a_misspelling(slime_root):
     """Nor of Megatron's, if that is at hand: those that their sources add by name."""
-    root = os.environ.get("SLIME_ROOT")
-    if not root:
-        pytest.skip("SLIME_ROOT is not set; git clone slime, then SLIME_ROOT=that/directory make test-slime")
-    sources = [Path(root) / "slime" / "utils" / "arguments.py"]
+    sources = [slime_root / "slime" / "utils" / "arguments.py"]
     if os.environ.get("MEGATRON_ROOT"):
         sources.append(Path(os.environ["MEGATRON_ROOT"]) / "megatron" / "training" / "arguments.py")
     real = {name for file in sources for name in re.findall(r"""['"](--[a-z][\w-]+)['"]""", file.read_text())}
@@ -826,11 +823,8 @@ def test_no_flag_of_slimes_is_a_misspelling():
 
 
 @pytest.mark.slime
-def test_labels_are_what_slimes_verifier_takes():
-    root = os.environ.get("SLIME_ROOT")
-    if not root:
-        pytest.skip("SLIME_ROOT is not set; git clone slime, then SLIME_ROOT=that/directory make test-slime")
-    file = Path(root) / "slime" / "rollout" / "rm_hub" / "math_dapo_utils.py"
+def test_labels_are_what_slimes_verifier_takes(slime_root):
+    file = slime_root / "slime" / "rollout" / "rm_hub" / "math_dapo_utils.py"
     spec = importlib.util.spec_from_file_location("math_dapo_utils", file)
     spec.loader.exec_module(verifier := importlib.util.module_from_spec(spec))
     for label in LABELS["silent"]:

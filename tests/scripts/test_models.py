@@ -1,9 +1,6 @@
 """Each model script describes the published model: its shape, parameters counted here from its flags, and slime's own
 script."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from .bash import MODELS, flags, model_args
@@ -111,13 +108,10 @@ def test_math_models_differ_from_the_base_models_in_the_rope_base_alone():
 
 
 @pytest.mark.slime
-def test_equal_to_slimes_own_scripts():
-    root = os.environ.get("SLIME_ROOT")
-    if not root:
-        pytest.skip("SLIME_ROOT is not set; git clone slime, then SLIME_ROOT=that/directory make test-slime")
+def test_equal_to_slimes_own_scripts(slime_root):
     compared, differing = 0, set()
     for script in MODELS:
-        theirs = Path(root) / "scripts" / "models" / script.name
+        theirs = slime_root / "scripts" / "models" / script.name
         if theirs.exists():
             compared += 1
             ours, slimes = flags(model_args(script)), flags(model_args(theirs))

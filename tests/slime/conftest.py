@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import ENABLE
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 VERSIONS = {"main": "624b824a", "v0.3.1": "v0.3.1", "v0.3.0": "v0.3.0"}
-ENABLE = "git clone https://github.com/THUDM/slime, then SLIME_ROOT=that/directory make test-slime"
 LAYOUTS = ("cp2", "cp4", "tp2", "dp2", "micro_batches")
 PARSER_PACKAGES = ("sglang", "sglang_router", "orjson", "msgspec", "zmq", "fastapi", "IPython", "setproctitle")
 
@@ -27,27 +28,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slime)
 
 
-def importable_clone() -> Path | None:
-    """The clone that ``import slime`` comes from, as in slime's container; PyPI's ``slime`` is something else."""
-    spec = importlib.util.find_spec("slime")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        root = Path(folder).parent
-        if (root / ".git").exists() and (root / "slime" / "backends" / "megatron_utils").is_dir():
-            return root
-    return None
-
-
 @pytest.fixture(scope="session")
-def slime_clone() -> Path:
-    root = os.environ.get("SLIME_ROOT") or importable_clone()
-    if not root:
-        pytest.skip(f"SLIME_ROOT is not set; to run against slime: {ENABLE}")
-    if not (Path(root) / ".git").exists():
-        pytest.fail(f"SLIME_ROOT={root} is no git clone of slime; {ENABLE}")
+def slime_clone(slime_root) -> Path:
+    if not (slime_root / ".git").exists():
+        pytest.fail(f"SLIME_ROOT={slime_root} is no git clone of slime; {ENABLE}")
     for package in ("ray", "transformers", "httpx"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed; pip install 'slime-fipo[slime]', or make test-slime")
-    return Path(root).resolve()
+    return slime_root
 
 
 @pytest.fixture(scope="session", params=VERSIONS)
