@@ -10,6 +10,7 @@ import sys
 
 import typer
 
+from .errors import UserError
 from .plugin.patch import app as patch_app  # light: neither torch nor slime
 
 app = typer.Typer(
@@ -47,21 +48,19 @@ def compare(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
 def check(context: typer.Context) -> None:
     """Say what a train command would do other than expected: slime-fipo check -- THE TRAIN COMMAND'S ARGUMENTS."""
-    from .recipes.check import main
+    from .check.preflight import main
 
     raise typer.Exit(main(context.args))
 
 
 def _run_embedded(command: str, module: str, argv: list[str]) -> None:
-    from .local import InputError
-
     try:
         main = importlib.import_module(f".local.{module}", __package__).main
     except ModuleNotFoundError as error:
         _fail(f"slime-fipo {command} needs the package {error.name}: pip install 'slime-fipo[local]'")
     try:
         main(argv)
-    except InputError as error:
+    except UserError as error:
         _fail(f"slime-fipo {command}: {error}")
     except OSError as error:
         _fail(f"slime-fipo {command}: {error}; what is on disk is whole, and the same command continues")

@@ -3,7 +3,3 @@
 A small Qwen3-shaped Megatron-Core model is trained from demonstrations, then with GRPO/DAPO and the FIPO objective,
 and everything a run leaves behind stands in one run directory. The objective itself lives in ``slime_fipo.algorithm``.
 """
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line that names the flag or the file and the fix."""

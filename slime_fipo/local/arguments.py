@@ -13,17 +13,10 @@ import torch
 
 from slime_fipo.algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args, fipo_dests
 
-from . import InputError
+from ..errors import OneLineParser, UserError
 from .task import ALPHABET, DATA_DIRECTORY, SUMS
 
 SHIPPED = DATA_DIRECTORY / SUMS.name
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Errors are raised as :class:`InputError`, without the usage text."""
-
-    def error(self, message: str):
-        raise InputError(message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -34,7 +27,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="slime-fipo local",
-        allow_abbrev=False,
         formatter_class=_HelpFormatter,
         description="Train a small Qwen3-shaped Megatron-Core model with FIPO on this machine. Without arguments: the "
         "main job, from shipped data. The same command again continues a run that was interrupted.",
@@ -175,7 +167,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse and check; ``--global-batch-size`` is settled and the effective FIPO settings are in ``args.fipo``.
 
     Raises:
-        InputError: one line that names the flag and the fix.
+        UserError: one line that names the flag and the fix.
     """
     args = build_parser().parse_args(argv)
     _check_numbers(args)
@@ -205,29 +197,29 @@ def _check_numbers(args: argparse.Namespace) -> None:
     for bound, names in _AT_LEAST.items():
         for name in names.split():
             if not bound <= getattr(args, name) < math.inf:
-                raise InputError(f"{flag_of(name)} is {getattr(args, name)}; it must be at least {bound}")
+                raise UserError(f"{flag_of(name)} is {getattr(args, name)}; it must be at least {bound}")
     for name in _ABOVE_ZERO.split():
         if not 0 < getattr(args, name) < math.inf:
-            raise InputError(f"{flag_of(name)} is {getattr(args, name)}; it must be above 0")
+            raise UserError(f"{flag_of(name)} is {getattr(args, name)}; it must be above 0")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"{flag_of(name)} is {getattr(args, name)}; it must be in [0, 1)")
+            raise UserError(f"{flag_of(name)} is {getattr(args, name)}; it must be in [0, 1)")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU here; use --device cpu")
+        raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
     if args.eps_clip > 1:
-        raise InputError(f"--eps-clip is {args.eps_clip}; it must be at most 1")
+        raise UserError(f"--eps-clip is {args.eps_clip}; it must be at most 1")
     if args.num_attention_heads % args.num_query_groups:
-        raise InputError(
+        raise UserError(
             f"--num-query-groups is {args.num_query_groups}; it must divide --num-attention-heads "
             f"{args.num_attention_heads}"
         )
     if args.n_samples_per_prompt == 1 and (args.dynamic_sampling or args.rewards_normalization):
-        raise InputError(
+        raise UserError(
             "--n-samples-per-prompt is 1; a group of one has no reward differences, so take at least 2 (or both "
             "--no-dynamic-sampling and --disable-rewards-normalization)"
         )
     if args.kv_channels % 2:
-        raise InputError(f"--kv-channels is {args.kv_channels}; RoPE needs an even number")
+        raise UserError(f"--kv-channels is {args.kv_channels}; RoPE needs an even number")
 
 
 def _settle_batch_sizes(args: argparse.Namespace) -> None:
@@ -235,30 +227,26 @@ def _settle_batch_sizes(args: argparse.Namespace) -> None:
     origin = f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples}"
     if args.num_steps_per_rollout is not None:
         if args.num_steps_per_rollout < 1 or samples % args.num_steps_per_rollout:
-            raise InputError(
+            raise UserError(
                 f"--num-steps-per-rollout is {args.num_steps_per_rollout}; it must divide a rollout's {origin} samples"
             )
         args.global_batch_size = samples // args.num_steps_per_rollout
     if args.global_batch_size < 1:
-        raise InputError(f"--global-batch-size is {args.global_batch_size}; it must be at least 1")
+        raise UserError(f"--global-batch-size is {args.global_batch_size}; it must be at least 1")
     if args.global_batch_size > samples:
-        raise InputError(f"--global-batch-size is {args.global_batch_size}, more than a rollout's {origin} samples")
+        raise UserError(f"--global-batch-size is {args.global_batch_size}, more than a rollout's {origin} samples")
     if samples % args.global_batch_size:
-        raise InputError(
-            f"--global-batch-size is {args.global_batch_size}; it must divide a rollout's {origin} samples"
-        )
+        raise UserError(f"--global-batch-size is {args.global_batch_size}; it must divide a rollout's {origin} samples")
 
 
 def _objective_settings(args: argparse.Namespace) -> FipoConfig:
     given = [name for name in fipo_dests() if getattr(args, name, None) is not None]
     if args.loss_type == "policy_loss":
         if given:
-            raise InputError(
-                f"{flag_of(given[0])} has no effect with --loss-type policy_loss; drop it or use fipo_loss"
-            )
+            raise UserError(f"{flag_of(given[0])} has no effect with --loss-type policy_loss; drop it or use fipo_loss")
         if args.eps_clip_c is not None and not 1 + args.eps_clip_high < args.eps_clip_c < math.inf:
             bound = 1 + args.eps_clip_high
-            raise InputError(f"--eps-clip-c is {args.eps_clip_c:g}; it must be above 1 + --eps-clip-high = {bound:g}")
+            raise UserError(f"--eps-clip-c is {args.eps_clip_c:g}; it must be above 1 + --eps-clip-high = {bound:g}")
         # FIPO with every weight at 1 is the PPO loss itself, and shows what Future-KL would have been.
         return FipoConfig(
             clip_ratio_low=0.0,
@@ -268,13 +256,13 @@ def _objective_settings(args: argparse.Namespace) -> FipoConfig:
             max_dual_clipped_tokens=None,
         )
     if args.eps_clip_c is not None:
-        raise InputError("--eps-clip-c belongs to --loss-type policy_loss; use --fipo-dual-clip-c with fipo_loss")
+        raise UserError("--eps-clip-c belongs to --loss-type policy_loss; use --fipo-dual-clip-c with fipo_loss")
     if args.global_batch_size == args.rollout_batch_size * args.n_samples_per_prompt:
-        raise InputError(
+        raise UserError(
             f"--global-batch-size {args.global_batch_size} is one optimizer step per rollout, where FIPO's weights are "
             "all 1; make it smaller, or use --loss-type policy_loss"
         )
     try:
         return fipo_config_from_args(args)
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise UserError(str(error)) from None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .. import files
 
 KEPT = 2  # newest checkpoints that stay: the last, and the one before in case the last is damaged
 _OPTIMIZER_KEYS = ("step", "exp_avg", "exp_avg_sq")
@@ -61,28 +62,16 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], counters: dict
 
     Names must sort in the order of their making.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     header = json.dumps(counters, sort_keys=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"counters": header, "sha256": _checksum(tensors, header)})
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
+    metadata = {"counters": header, "sha256": _checksum(tensors, header)}
+    files.replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     for old in checkpoint_files(path.parent)[KEPT:]:
         old.unlink()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def checkpoint_files(directory: Path) -> list[Path]:
     """Complete checkpoints, the newest first."""
-    return sorted(directory.glob("*.safetensors"), reverse=True)
+    return sorted((f for f in directory.glob("*.safetensors") if not f.name.startswith(".")), reverse=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -14,11 +14,12 @@ import numpy as np
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from . import InputError
-from .arguments import OneLineParser, parse_arguments
+from .. import files
+from ..errors import OneLineParser, UserError
+from .arguments import parse_arguments
 from .engine import run
 from .report import Progress
-from .run_directory import RunDirectory, replace_file
+from .run_directory import RunDirectory
 from .task import DATA_DIRECTORY, LONG_SUMS
 
 # DAPO has the dual clip of FIPO's authors too, so that the arms differ by the weights alone.
@@ -77,10 +78,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, flags = parser.parse_known_args(argv)
     for name in ("seeds", "num_rollout"):
         if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for flag in ("--seed", "--load", "--loss-type"):
         if flag in flags:
-            raise InputError(f"{flag} is what the comparison sets itself; drop it")
+            raise UserError(f"{flag} is what the comparison sets itself; drop it")
     for arm_flags in ARMS.values():  # a bad flag is an error now, not after the first arm
         parse_arguments([*_DEFAULTS, *flags, *arm_flags])
     return args, flags
@@ -119,9 +120,9 @@ def _report(progress: Progress, root: Path, args: argparse.Namespace, curves: di
     markdown = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     markdown += ["| " + " | ".join(row) + " |" for row in rows]
     text = "\n".join(markdown) + f"\n\n{title[0].upper()}{title[1:]}.\n"
-    replace_file(root / "compare.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    files.replace(root / "compare.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     numbers = json.dumps({"measures": results, "curves": curves}, indent=2) + "\n"
-    replace_file(root / "compare.json", lambda temporary: temporary.write_text(numbers, encoding="utf-8"))
+    files.replace(root / "compare.json", lambda temporary: temporary.write_text(numbers, encoding="utf-8"))
     _draw(root / "compare.png", curves)
 
     table = Table(title=title)
@@ -149,5 +150,5 @@ def _draw(path: Path, curves: dict) -> None:
         axis.set_xlabel("rollout")
         axis.grid(alpha=0.3)
     axes[0].legend()
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    files.replace(path, lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import InputError
+from ..errors import UserError
 
 END = 0  # the end-of-response token; characters follow from 1
 
@@ -21,7 +21,7 @@ class Alphabet:
 
     def __init__(self, characters: str):
         if not characters or len(set(characters)) != len(characters):
-            raise InputError(f"--alphabet is {characters!r}; it must be one or more characters, each once")
+            raise UserError(f"--alphabet is {characters!r}; it must be one or more characters, each once")
         self.characters = characters
         self._ids = {c: i for i, c in enumerate(characters, start=1)}
 
@@ -52,14 +52,14 @@ def read_jsonl(flag: str, path: str, input_key: str, target_key: str, alphabet: 
     """All records of a JSONL file. Blank lines are skipped; numbers as values are taken as their text.
 
     Raises:
-        InputError: the file cannot be read, holds no record, or a line is malformed (file and line are named).
+        UserError: the file cannot be read, holds no record, or a line is malformed (file and line are named).
     """
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.readlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise InputError(f"{flag} {path}: {reason}") from None
+        raise UserError(f"{flag} {path}: {reason}") from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -68,32 +68,32 @@ def read_jsonl(flag: str, path: str, input_key: str, target_key: str, alphabet: 
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from None
+            raise UserError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(entry, dict):
-            raise InputError(
+            raise UserError(
                 f"{place}: a {type(entry).__name__}; it must be an object with {input_key!r}, {target_key!r}"
             )
         prompt, target = (_text(entry, key, place) for key in (input_key, target_key))
         if not prompt:
-            raise InputError(f"{place}: {input_key!r} is empty; a prompt needs at least one character")
+            raise UserError(f"{place}: {input_key!r} is empty; a prompt needs at least one character")
         for key, text in ((input_key, prompt), (target_key, target)):
             unknown = alphabet.first_unknown(text)
             if unknown is not None:
-                raise InputError(
+                raise UserError(
                     f"{place}: {key!r} holds {unknown!r}, which is not in --alphabet {alphabet.characters!r}"
                 )
         records.append(Record(prompt, target))
     if not records:
-        raise InputError(f"{flag} {path}: no records; it must hold at least one line")
+        raise UserError(f"{flag} {path}: no records; it must hold at least one line")
     return records
 
 
 def _text(entry: dict, key: str, place: str) -> str:
     if key not in entry:
-        raise InputError(f"{place}: no {key!r}; its keys are {', '.join(map(repr, entry)) or 'none'}")
+        raise UserError(f"{place}: no {key!r}; its keys are {', '.join(map(repr, entry)) or 'none'}")
     value = entry[key]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError(f"{place}: {key!r} is a {type(value).__name__}; it must be a string or a number")
+        raise UserError(f"{place}: {key!r} is a {type(value).__name__}; it must be a string or a number")
     return str(value)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import InputError
+from ..errors import UserError
 from .arguments import flag_of, parse_arguments
 from .checkpoint import Checkpoint, checkpoint_files, read_checkpoint, restore_tensors, save_checkpoint, state_tensors
 from .data import Alphabet, PromptSource, read_jsonl
@@ -207,13 +207,13 @@ def _checkpoint_to_load(args: argparse.Namespace) -> Checkpoint | None:
     try:
         checkpoint = read_checkpoint(file)
     except ValueError as error:
-        raise InputError(f"--load {args.load}: {error}") from None
+        raise UserError(f"--load {args.load}: {error}") from None
     header = checkpoint.counters
     differing = [name for name in _MODEL_FLAGS if header["model"][name] != getattr(args, name)]
     if differing:
-        raise InputError(f"--load {args.load}: its model has another {', '.join(map(flag_of, differing))}")
+        raise UserError(f"--load {args.load}: its model has another {', '.join(map(flag_of, differing))}")
     if header["counters"]["phase"] == "demo":
-        raise InputError(f"--load {args.load}: its base training is not finished; run its own command again first")
+        raise UserError(f"--load {args.load}: its base training is not finished; run its own command again first")
     header["counters"]["metrics_bytes"] = 0
     return checkpoint
 
@@ -224,7 +224,7 @@ def _slime_step(args: argparse.Namespace):
     try:
         return SlimeStep(args.slime_root, args, packed_logits)
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def _headline(metrics: dict[str, float]) -> str:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .run_directory import RunDirectory, replace_file
+from .. import files
+from .run_directory import RunDirectory
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -108,7 +109,7 @@ def write_picture(directory: RunDirectory) -> None:
             axis.legend(fontsize=8)
     axes.flat[0].set_ylim(0, 1.02)
     axes.flat[2].axhline(1.0, color="gray", linewidth=0.8, linestyle="--")
-    replace_file(directory.path / "training.png", lambda temporary: figure.savefig(temporary, dpi=110))
+    files.replace(directory.path / "training.png", lambda temporary: figure.savefig(temporary, dpi=110))
     plt.close(figure)
 
 

@@ -11,13 +11,13 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from . import InputError
+from .. import files
+from ..errors import UserError
 from .arguments import flag_of
 
 _FILE_FLAGS = ("prompt_data", "eval_prompt_data", "demo_data", "load")  # compared by content, not by path
@@ -27,7 +27,7 @@ class RunDirectory:
     """Exclusive use of ``path`` for one configuration, until the process ends.
 
     Raises:
-        InputError: the directory cannot be written, is in use, or belongs to another configuration.
+        UserError: the directory cannot be written, is in use, or belongs to another configuration.
     """
 
     def __init__(self, path: str, args: argparse.Namespace):
@@ -45,18 +45,16 @@ class RunDirectory:
             if not self._check_configuration(configuration):  # again: another process may have come first
                 self.write_json("args.json", configuration)
         except BlockingIOError:
-            raise InputError(f"--save {path}: another process is using this run directory") from None
+            raise UserError(f"--save {path}: another process is using this run directory") from None
         except OSError as error:
-            raise InputError(f"--save {path}: cannot be written ({error.strerror}); choose another directory") from None
+            raise UserError(f"--save {path}: cannot be written ({error.strerror}); choose another directory") from None
 
     def _check_configuration(self, configuration: dict) -> bool:
         """Whether the directory is this configuration's already; False if it is empty or absent."""
         file = self.path / "args.json"
         if not file.exists():
             if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
-                raise InputError(
-                    f"--save {self.path}: not empty and not a run directory (no args.json); choose another"
-                )
+                raise UserError(f"--save {self.path}: not empty and not a run directory (no args.json); choose another")
             return False
         try:
             existing = json.loads(file.read_text())
@@ -67,9 +65,9 @@ class RunDirectory:
                 if existing[part].get(name) != configuration[part].get(name)
             ]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"--save {self.path}: args.json is damaged; choose another directory") from None
+            raise UserError(f"--save {self.path}: args.json is damaged; choose another directory") from None
         if differing:
-            raise InputError(
+            raise UserError(
                 f"--save {self.path}: belongs to a run with another {', '.join(sorted(set(differing)))}; "
                 "use the same or choose another directory"
             )
@@ -85,7 +83,7 @@ class RunDirectory:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        replace_file(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        files.replace(self.path / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     # -- metrics --
 
@@ -93,12 +91,12 @@ class RunDirectory:
         """Cut ``metrics.jsonl`` back to its first ``keep_bytes`` and make the TensorBoard events anew from what stays.
 
         Raises:
-            InputError: fewer bytes are there than the checkpoint had seen.
+            UserError: fewer bytes are there than the checkpoint had seen.
         """
         kept = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
         if len(kept) < keep_bytes:
-            raise InputError(f"{self.metrics_file} was shortened since its checkpoint; choose another --save")
-        replace_file(self.metrics_file, lambda temporary: temporary.write_bytes(kept[:keep_bytes]))
+            raise UserError(f"{self.metrics_file} was shortened since its checkpoint; choose another --save")
+        files.replace(self.metrics_file, lambda temporary: temporary.write_bytes(kept[:keep_bytes]))
         events = self.path / "tensorboard"
         for file in events.glob("events.out.tfevents.*"):
             file.unlink()
@@ -125,14 +123,6 @@ class RunDirectory:
 
     def metrics_bytes(self) -> int:
         return self.metrics_file.stat().st_size
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write(temporary path)`` write, then rename: whoever reads ``path`` sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def _configuration(args: argparse.Namespace) -> dict:

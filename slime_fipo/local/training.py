@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from . import InputError
+from ..errors import UserError
 from .data import END, Alphabet, Record
 from .model import packed_logits
 from .objective import reduce_tokens
@@ -32,11 +32,11 @@ def apply_gradient(args: argparse.Namespace, model: GPTModel, optimizer: torch.o
     """Clip, step, clear. Returns the gradient norm before clipping.
 
     Raises:
-        InputError: the gradient is not finite.
+        UserError: the gradient is not finite.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
     if not math.isfinite(norm):
-        raise InputError(
+        raise UserError(
             f"training diverged (gradient norm {norm}); choose another --save and a smaller --lr or --demo-lr"
         )
     optimizer.step()

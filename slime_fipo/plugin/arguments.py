@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from ..algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args, fipo_dests
-from .recipe_arguments import RECIPE_DESTS, add_recipe_arguments
+from ..recipes.arguments import RECIPE_DESTS, add_recipe_arguments
 
 LOSS_PATH = "slime_fipo.plugin.loss.fipo_loss_function"
 HOOK_PATH = "slime_fipo.plugin.loss.before_train_step_hook"

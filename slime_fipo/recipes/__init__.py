@@ -1,5 +1,5 @@
-"""What the paper's recipe needs around the loss: reward, group filter, evaluation, rollout metrics, preflight checks.
+"""What the paper's recipe needs around the loss: reward, group filter, evaluation, rollout metrics.
 
-Everything here is reached by slime through its function-path flags, or by a user through ``slime-fipo check``; nothing
-here knows how FIPO's weights are computed. No module imports slime before a hook of it is called.
+slime reaches everything here through its function-path flags; nothing here knows how FIPO's weights are computed or
+imports another part of the package. No module imports slime before a hook of it is called.
 """

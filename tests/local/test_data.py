@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slime_fipo.local import InputError
+from slime_fipo.errors import UserError
 from slime_fipo.local.data import Alphabet, PromptSource, Record, read_jsonl
 from slime_fipo.local.task import ALPHABET, DATA_DIRECTORY, LONG_SUMS, SUMS, write_data
 
@@ -41,7 +41,7 @@ def test_reads_records_and_numbers_as_text(read):
     ],
 )
 def test_bad_line_is_named(read, text, line, says):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         read(text)
     assert f"prompts.jsonl, line {line}: {says}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -49,19 +49,19 @@ def test_bad_line_is_named(read, text, line, says):
 
 @pytest.mark.parametrize(("text", "says"), [("", "no records"), (" \n\n", "no records"), (b"\xff\xfe", "not UTF-8")])
 def test_bad_file_is_named(read, text, says):
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(UserError, match=says):
         read(text)
 
 
 def test_missing_file_and_directory(tmp_path):
     for path, says in ((tmp_path / "absent", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(InputError, match=f"--prompt-data {path}: {says}"):
+        with pytest.raises(UserError, match=f"--prompt-data {path}: {says}"):
             read_jsonl("--prompt-data", str(path), "prompt", "label", Alphabet("a"))
 
 
 @pytest.mark.parametrize("characters", ["", "aba"])
 def test_bad_alphabet(characters):
-    with pytest.raises(InputError, match="--alphabet"):
+    with pytest.raises(UserError, match="--alphabet"):
         Alphabet(characters)
 
 

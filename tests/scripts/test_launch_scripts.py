@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from slime_fipo.check.command import parse_command
+from slime_fipo.check.preflight import billions_of_parameters
 from slime_fipo.plugin.arguments import translate
-from slime_fipo.recipes.check import billions_of_parameters
-from slime_fipo.recipes.command import parse_command
 
 from .bash import EXAMPLES, LAUNCH_SCRIPTS, LOSSES, MODELS, ROOT, clean, dry_run, flags, train_arguments
 

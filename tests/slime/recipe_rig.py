@@ -18,7 +18,7 @@ from slime.rollout.rm_hub import async_rm, batched_async_rm
 from slime.utils.misc import load_function
 from slime.utils.types import Sample
 
-from slime_fipo.recipes.derived import OUR_FILTER, OUR_REWARD
+from slime_fipo.check.derived import OUR_FILTER, OUR_REWARD
 
 try:
     from slime.observability.rollout_metrics import log_eval_rollout_data, log_rollout_data

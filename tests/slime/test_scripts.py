@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ..recipes.test_check import provide_files
+from ..check.test_check import provide_files
 from ..scripts.bash import LAUNCH_SCRIPTS, LOSSES, dry_run, flags, train_arguments
 from .conftest import python
 

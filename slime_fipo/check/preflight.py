@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..algorithm import FipoConfig
+from ..errors import UserError
 from ..plugin.arguments import fipo_settings, translate
-from .command import Command, CommandError, parse_command
+from .command import Command, parse_command
 from .derived import LARGE, billions_of_parameters, global_batch_size, objective, steps_per_rollout
 from .file_rules import FILE_RULES
 from .finding import Finding, error
@@ -147,7 +148,7 @@ def main(tokens: Sequence[str], console: Console | None = None) -> int:
         return 2
     try:
         command = parse_command(tokens)
-    except CommandError as problem:
+    except UserError as problem:
         console.print(f"error: {problem}", markup=False, soft_wrap=True)
         return 2
     findings, config = check_command(command)

@@ -16,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from slime_fipo.check.command import parse_command
+from slime_fipo.check.derived import OUR_EVAL_LOG, OUR_FILTER, OUR_REWARD, billions_of_parameters
+from slime_fipo.check.preflight import check_command, effective_recipe, main
+from slime_fipo.errors import UserError
 from slime_fipo.plugin.arguments import LOSS_PATH
-from slime_fipo.recipes.check import check_command, effective_recipe, main
-from slime_fipo.recipes.command import CommandError, parse_command
-from slime_fipo.recipes.derived import OUR_EVAL_LOG, OUR_FILTER, OUR_REWARD, billions_of_parameters
 
 from ..scripts.bash import EXAMPLES, LAUNCH_SCRIPTS, LOSSES, dry_run, flags, train_arguments
 from ..scripts.published import hugging_face_config, model_of
@@ -699,7 +700,7 @@ def test_no_junk_gives_a_traceback(junk, dropped):
     words = [*(without(words, ("--global-batch-size",)) if dropped else words), *(f"{k}={v}" for k, v in junk.items())]
     try:
         command = parse_command(words)
-    except CommandError as error:
+    except UserError as error:
         assert "\n" not in str(error) and any(flag in str(error) for flag in junk)
         return
     findings, config = check_command(command)

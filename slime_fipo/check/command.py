@@ -16,8 +16,9 @@ from typing import Any
 
 import yaml
 
+from ..errors import OneLineParser, UserError
 from ..plugin.arguments import add_arguments
-from ..plugin.recipe_arguments import add_recipe_arguments
+from ..recipes.arguments import add_recipe_arguments
 
 # name: default, as in slime v0.3.0 to main 624b824a and the Megatron-LM that they pin
 _INTEGERS = {
@@ -150,10 +151,6 @@ _UNJUDGED = (
 OWN_PREFIXES = ("--fipo-", "--no-fipo-", "--overlong-")
 
 
-class CommandError(ValueError):
-    """The command cannot be read; the message is argparse's one line."""
-
-
 @dataclass(frozen=True)
 class EvalDataset:
     """One benchmark. None: what the command's flags say."""
@@ -183,11 +180,6 @@ class Command:
     errors: tuple[str, ...] = ()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise CommandError(message)
-
-
 def _at_least(minimum: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         value = int(text)
@@ -200,7 +192,7 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)  # as Megatron's: an abbreviated flag is an unknown one
+    parser = OneLineParser(add_help=False)
     for name, default in _INTEGERS.items():
         parser.add_argument(f"--{name}", type=_at_least(_MINIMUM.get(name, 1)), default=default)
     for names, kind in ((_FLOATS, float), (_STRINGS, str)):
@@ -225,7 +217,7 @@ def parse_command(tokens: Sequence[str]) -> Command:
             …/train.py``, or all of ``ray job submit … --``) may be there too.
 
     Raises:
-        CommandError: a value that the parser refuses.
+        UserError: a value that the parser refuses.
     """
     tokens = list(tokens)
     first_flag = tokens.index("--") + 1 if "--" in tokens else 0
@@ -281,20 +273,20 @@ def _read_mapping(flag: str, path: str) -> dict:
     """A YAML file's mapping; empty files are empty mappings.
 
     Raises:
-        CommandError: the file cannot be read or holds something else.
+        UserError: the file cannot be read or holds something else.
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise CommandError(f"{flag} {path} cannot be read ({error.strerror}); check the path") from None
+        raise UserError(f"{flag} {path} cannot be read ({error.strerror}); check the path") from None
     except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = "" if line is None else f" (line {line + 1})"
-        raise CommandError(f"{flag} {path} is no YAML{where}; mend it") from None
+        raise UserError(f"{flag} {path} is no YAML{where}; mend it") from None
     if data is None:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise CommandError(f"{flag} {path} holds no mapping of names to values; write one 'name: value' per line")
+        raise UserError(f"{flag} {path} holds no mapping of names to values; write one 'name: value' per line")
     return data
 
 
@@ -305,7 +297,7 @@ def _merge_custom_config(args: argparse.Namespace, parser: argparse.ArgumentPars
         return
     try:
         data = _read_mapping("--custom-config-path", path)
-    except CommandError as error:
+    except UserError as error:
         yield str(error)
         return
     actions = {action.dest: action for action in parser._actions}
@@ -364,7 +356,7 @@ def _eval_config_datasets(path: str, errors: list[str]) -> Iterator[EvalDataset]
     source = f"--eval-config {path}"
     try:
         config = _read_mapping("--eval-config", path)
-    except CommandError as error:
+    except UserError as error:
         errors.append(str(error))
         return
     config = config.get("eval", config)

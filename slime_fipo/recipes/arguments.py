@@ -1,4 +1,4 @@
-"""Flags of the soft overlong penalty, which slime has none of. The penalty itself lives in ``recipes/reward.py``.
+"""Flags of the soft overlong penalty, which slime has none of. The penalty itself lives in ``reward.py``.
 
 ``python3 -m slime_fipo`` adds them to slime's parser; a plain slime reads the same names from ``--custom-config-path``.
 """
