@@ -1,7 +1,8 @@
 """Token records: what the loss saw of a response, token by token, at one optimizer step.
 
 The contract between whoever writes records (``plugin``, ``local``) and whoever reads them (``report``); it belongs to
-neither. ``schema`` says what a record holds, ``store`` writes and reads its files. Nothing here knows a loss or a page.
+neither. ``schema`` says what a record holds, ``store`` writes and reads its files; ``arguments``, ``choice`` and
+``packed`` serve the writers alone. Nothing here knows a loss or a page.
 """
 
 from .schema import FATES, Fate, StepHeader, TokenRecord
