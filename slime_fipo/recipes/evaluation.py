@@ -16,9 +16,11 @@ from math import comb
 import numpy as np
 
 from . import tracking
-from .filters import accuracy_of
+from .filters import accuracy_of, is_aborted
+from .integer_answer import read_integer
+from .reward import NO_ANSWER
+from .rollout_metrics import verdict_shares
 
-NO_ANSWER = (None, "", "[INVALID]")  # the last is what slime's DAPO verifier says when it finds none
 RESAMPLES = 2000
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def cons_at_k(answers: Sequence[str | None], correct: Sequence[float]) -> float:
     drawn, so the result is the share of right ones among them.
 
     Args:
-        answers: k answers as the verifier normalised them.
+        answers: k answers, equal texts where the verifier means the same answer.
         correct: whether each of them is right.
     """
     if len(answers) != len(correct) or not answers:
@@ -47,7 +49,7 @@ def cons_at_k(answers: Sequence[str | None], correct: Sequence[float]) -> float:
         )
     votes = defaultdict(list)
     for answer, is_right in zip(answers, correct, strict=True):
-        if answer not in NO_ANSWER:
+        if answer not in (None, "", NO_ANSWER):
             votes[answer].append(float(is_right))
     if not votes:
         return 0.0
@@ -120,8 +122,9 @@ def log_eval_rollout_data(rollout_id: int, args: Namespace, data: dict, extra_me
 
     Args:
         data: per benchmark a dictionary whose ``samples`` are in slime's order, k consecutive indices per problem,
-            and carry reward dictionaries with ``acc`` and ``pred``. A benchmark whose rewards have no ``acc`` is left
-            out, with one warning: slime's own metrics of it follow anyway.
+            and carry reward dictionaries with ``acc`` and ``pred``. Aborted samples are left out, with a warning. A
+            benchmark whose rewards have no ``acc`` is left out, with one warning: slime's own metrics of it follow
+            anyway.
 
     Returns:
         False, which tells slime to go on with its own logging.
@@ -131,15 +134,23 @@ def log_eval_rollout_data(rollout_id: int, args: Namespace, data: dict, extra_me
     }
     log_dict = {}
     for name, benchmark in data.items():
-        if not benchmark.get("samples"):
+        samples = [sample for sample in benchmark.get("samples") or () if not is_aborted(sample)]
+        aborted = len(benchmark.get("samples") or ()) - len(samples)
+        if aborted:
+            logger.warning(
+                "%d responses of %s were aborted by the engine and have no reward; its metrics leave them out",
+                aborted,
+                name,
+            )
+        if not samples:
             continue
         k = samples_per_problem.get(name) or args.n_samples_per_eval_prompt
         try:
-            problems = _by_problem(benchmark["samples"], k)
+            problems = _by_problem(samples, k)
         except (ValueError, TypeError):
             _warn_of_no_accuracy(name)
             continue
-        metrics = evaluate(problems)
+        metrics = {**evaluate(problems), **verdict_shares(samples)}
         log_dict.update({f"eval/{name}/{metric}": value for metric, value in metrics.items()})
     if log_dict:
         tracking.log(args, rollout_id, log_dict, step_key="eval/step")
@@ -160,5 +171,14 @@ def _by_problem(samples: list, samples_per_problem: int) -> list[tuple[tuple, tu
     problems = defaultdict(dict)
     for sample in samples:
         accuracy = accuracy_of(sample)
-        problems[sample.index // samples_per_problem][sample.index] = (sample.reward.get("pred"), accuracy)
+        answer = _canonical_answer(sample.reward.get("pred"))
+        problems[sample.index // samples_per_problem][sample.index] = (answer, accuracy)
     return [tuple(zip(*verdicts.values(), strict=True)) for verdicts in problems.values()]
+
+
+def _canonical_answer(answer) -> str | None:
+    """What an answer votes as: an integer in canonical digits, other text as it is, other objects as written."""
+    if answer is None:
+        return None
+    text = answer if isinstance(answer, str) else repr(answer)
+    return read_integer(text) or text.strip()

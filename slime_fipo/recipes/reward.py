@@ -1,13 +1,21 @@
 """DAPO's math reward with the soft overlong penalty, for slime's ``--custom-rm-path``.
 
 Score and accuracy are returned apart: train on ``--reward-key score``, and let everything that asks «was it right»
-(group filter, evaluation, pass rates) read ``acc``. The verifier is slime's own.
+(group filter, evaluation, pass rates) read ``acc``. The verifier is slime's own, with a second look at usual spellings
+of the right integer; how those are read is in ``integer_answer.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .integer_answer import TAIL, asks_for_box, final_integer, label_integer, read_integer
+
+NO_ANSWER = "[INVALID]"  # what slime's DAPO verifier says where it finds none
+FLOAT_EXACT_DIGITS = 15  # slime's verifier reads labels as floats, which hold every integer of so many digits
 
 
 def soft_overlong_penalty(response_length: int, max_length: int, buffer_length: int, factor: float = 1.0) -> float:
@@ -37,21 +45,61 @@ def soft_overlong_penalty(response_length: int, max_length: int, buffer_length: 
     return -factor * min(max(excess / buffer_length, 0.0), 1.0)
 
 
+class Verdict(NamedTuple):
+    """``correct``; ``answer`` in canonical digits where it is an integer, else as the verifier read it; and whether the
+    second look alone found it right, and whether no integer was found."""
+
+    correct: bool
+    answer: str
+    second_look: bool
+    unread: bool
+
+
+def verify(response: str, label, prompt: str | list, verifier: Callable[[str, str], dict]) -> Verdict:
+    r"""slime's DAPO verdict, and ours where it finds no answer or only the spelling of the integer differs.
+
+    Whatever ``verifier`` calls right is right, and an integer other than the label that it read stays wrong. A label
+    of more than 15 digits, which it would round, is compared by :func:`final_integer` alone.
+
+    Args:
+        prompt: an answer in ``\boxed{}`` without ``Answer:`` counts where the prompt asks for it.
+        verifier: slime's ``compute_score``, or one like it: takes response and label, returns ``acc`` and ``pred``.
+
+    Raises:
+        ValueError: the label is no integer.
+    """
+    label = label_integer(label)
+    first, second_look = NO_ANSWER, len(label) <= FLOAT_EXACT_DIGITS
+    if second_look:
+        score = verifier(response, label)
+        if score["acc"]:
+            return Verdict(True, label, second_look=False, unread=False)
+        first = score["pred"]
+    integer = read_integer(first)
+    if integer is None:
+        integer = final_integer(response, asks_for_box(prompt), longest=max(TAIL, 2 * len(label)))
+    correct = integer == label
+    return Verdict(correct, integer or first, second_look and correct, unread=integer is None)
+
+
 async def dapo_math_reward(args: Namespace, sample, **kwargs):
     """Score one sample, or each of a list of samples (slime's ``--group-rm`` and fan-out rollouts pass lists).
 
     Args:
         args: slime's namespace; reads ``rollout_max_response_len``, ``overlong_buffer_len`` (missing: no penalty) and
             ``overlong_penalty_factor``.
-        sample: a ``slime.utils.types.Sample`` with ``response``, ``response_length`` and an integer ``label``.
+        sample: a ``slime.utils.types.Sample`` with ``prompt``, ``response``, ``response_length`` and an integer
+            ``label``.
 
     Returns:
-        A dictionary: ``score`` (±1 plus the penalty), ``acc`` (1.0 right, 0.0 wrong), ``pred`` (the answer that the
-        verifier read, or ``[INVALID]``) and ``overlong_penalty`` (≤ 0). ``sample.metadata["raw_reward"]`` becomes
-        ``acc``, so that slime's ``--log-passrate``, which counts rewards equal to 1, still counts right answers.
+        A dictionary: ``score`` (±1 plus the penalty), ``acc`` (1.0 right, 0.0 wrong), ``pred`` (the answer that was
+        read, canonical where it is an integer, or ``[INVALID]``), ``overlong_penalty`` (≤ 0), and, as 0.0 or 1.0,
+        ``second_look`` (right, though slime's verifier did not see it) and ``unread`` (no integer was found).
+        ``sample.metadata["raw_reward"]`` becomes ``acc``, so that slime's ``--log-passrate``, which counts rewards
+        equal to 1, still counts right answers.
 
     Raises:
-        ValueError: the label is no integer, so DAPO's verifier cannot compare it.
+        ValueError: the label is no integer. ``slime-fipo check`` reads every label by the same function beforehand.
     """
     if isinstance(sample, list):
         return await asyncio.gather(*(dapo_math_reward(args, one, **kwargs) for one in sample))
@@ -59,11 +107,10 @@ async def dapo_math_reward(args: Namespace, sample, **kwargs):
     from slime.rollout.rm_hub.math_dapo_utils import compute_score
 
     try:
-        verdict = compute_score(sample.response, sample.label)
-    except (ValueError, TypeError, OverflowError):
+        verdict = verify(sample.response, sample.label, sample.prompt, compute_score)
+    except ValueError as error:
         raise ValueError(
-            f"the label {sample.label!r} of sample {sample.index} is no integer, which DAPO's verifier compares;"
-            " point --label-key at integer answers or use another --custom-rm-path"
+            f"{error} (sample {sample.index}); point --label-key at integer answers or use another --custom-rm-path"
         ) from None
 
     buffer_length = getattr(args, "overlong_buffer_len", None) or 0
@@ -73,11 +120,13 @@ async def dapo_math_reward(args: Namespace, sample, **kwargs):
         buffer_length,
         getattr(args, "overlong_penalty_factor", 1.0),
     )
-    accuracy = float(verdict["acc"])
+    accuracy = float(verdict.correct)
     sample.metadata = {**(sample.metadata or {}), "raw_reward": accuracy}
     return {
-        "score": verdict["score"] + penalty,
+        "score": (1.0 if verdict.correct else -1.0) + penalty,
         "acc": accuracy,
-        "pred": verdict["pred"],
+        "pred": verdict.answer,
         "overlong_penalty": penalty,
+        "second_look": float(verdict.second_look),
+        "unread": float(verdict.unread),
     }

@@ -1,4 +1,7 @@
-"""Response-length-weighted mean advantage (paper, Fig. 4c), for slime's ``--custom-rollout-log-function-path``."""
+"""Rollout metrics that slime lacks, for its ``--custom-rollout-log-function-path``.
+
+The response-length-weighted mean advantage (paper, Fig. 4c), and what the reward's verifier did. slime's own follow.
+"""
 
 from __future__ import annotations
 
@@ -38,29 +41,51 @@ def group_advantages(rewards: Sequence[float], groups: Sequence[int], normalise_
     return advantages
 
 
+def verdict_shares(samples: Sequence) -> dict[str, float]:
+    """Means of what the reward says beside the accuracy: ``second_look_frac`` and ``unread_frac``.
+
+    Args:
+        samples: slime's ``Sample`` objects; those without a reward dictionary that has the key do not count, and where
+            none has it the metric is left out (a reward of another source).
+    """
+    shares = {}
+    for key in ("second_look", "unread"):
+        values = [sample.reward[key] for sample in samples if isinstance(sample.reward, dict) and key in sample.reward]
+        if values:
+            shares[f"{key}_frac"] = float(np.mean(values))
+    return shares
+
+
 def log_rollout_data(
     rollout_id: int, args: Namespace, samples: list, rollout_extra_metrics: dict | None, rollout_time: float
 ) -> bool:
-    """Log ``rollout/length_weighted_mean_advantage`` to slime's trackers; slime's own rollout metrics follow.
+    """Log to slime's trackers; slime's own rollout metrics follow.
 
-    Only where the advantage is the group-normalised reward (``GRPO_LIKE`` estimators without a custom reward
-    post-processing); elsewhere nothing is logged, rather than a number about other advantages than the trained ones.
+    ``rollout/second_look_frac`` and ``rollout/unread_frac`` (:func:`verdict_shares`); ``rollout/removed_frac``, the
+    share of responses that were kept without advantage and are not trained on (``filters.accuracy_varies``), where
+    there are any; ``rollout/length_weighted_mean_advantage`` only where the advantage is the group-normalised reward
+    (``GRPO_LIKE`` estimators without a custom reward post-processing), rather than a number about other advantages
+    than the trained ones.
 
     Returns:
         False, which tells slime to go on with its own logging.
     """
+    metrics = {f"rollout/{name}": value for name, value in verdict_shares(samples).items()}
+    removed = float(np.mean([sample.remove_sample for sample in samples]))
+    if removed:
+        metrics["rollout/removed_frac"] = removed
     if (
-        args.advantage_estimator not in GRPO_LIKE
-        or not args.rewards_normalization
-        or args.custom_reward_post_process_path is not None
+        args.advantage_estimator in GRPO_LIKE
+        and args.rewards_normalization
+        and args.custom_reward_post_process_path is None
     ):
-        return False
-    advantages = group_advantages(
-        [sample.get_reward_value(args) for sample in samples],
-        [sample.group_index for sample in samples],
-        normalise_std=args.grpo_std_normalization and args.advantage_estimator != "reinforce_plus_plus_baseline",
-    )
-    lengths = [0 if sample.remove_sample else sample.effective_response_length for sample in samples]
-    mean_advantage = length_weighted_mean_advantage(advantages, lengths)
-    tracking.log(args, rollout_id, {"rollout/length_weighted_mean_advantage": mean_advantage}, step_key="rollout/step")
+        advantages = group_advantages(
+            [sample.get_reward_value(args) for sample in samples],
+            [sample.group_index for sample in samples],
+            normalise_std=args.grpo_std_normalization and args.advantage_estimator != "reinforce_plus_plus_baseline",
+        )
+        lengths = [0 if sample.remove_sample else sample.effective_response_length for sample in samples]
+        metrics["rollout/length_weighted_mean_advantage"] = length_weighted_mean_advantage(advantages, lengths)
+    if metrics:
+        tracking.log(args, rollout_id, metrics, step_key="rollout/step")
     return False
