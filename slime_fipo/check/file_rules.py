@@ -1,4 +1,4 @@
-"""Rules of ``slime-fipo check`` that open what the command names: checkpoints' ``config.json`` and the heads of data.
+"""Rules of ``slime-fipo check`` that open what the command names: checkpoints' ``config.json`` and data files.
 
 Each rule is a generator over the parsed command, as in ``flag_rules.py``.
 """
@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-from collections.abc import Iterator
-from itertools import islice
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
 
 from ..algorithm import FipoConfig
+from ..recipes.integer_answer import label_integer, shown
 from .command import Command
 from .derived import OUR_REWARD, is_dapo, longest_sequence
 from .finding import Finding, error, warning
 
-ROWS_READ = 100
+PROGRESS_AFTER_SECONDS = 1.0
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -158,26 +166,51 @@ def _positions(command: Command, positions: int, file: Path) -> Iterator[Finding
 def data(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
     args = command.args
     if args.prompt_data is not None:
-        verified = args.custom_rm_path == OUR_REWARD or (args.custom_rm_path is None and is_dapo(args.rm_type))
         keys = {"--input-key": args.input_key, "--label-key": args.label_key}
-        yield from _data_file("--prompt-data", args.prompt_data, keys, verified)
+        judge = _label_judge(args.custom_rm_path, args.rm_type)
+        yield from _data_file("--prompt-data", args.prompt_data, keys, judge)
     elif not args.debug_train_only:
         yield error("--prompt-data is missing; add it")
     for dataset in command.eval_datasets:
-        path = dataset.custom_rm_path or args.custom_rm_path
-        verified = path == OUR_REWARD or (path is None and is_dapo(dataset.rm_type or args.rm_type))
+        judge = _label_judge(dataset.custom_rm_path or args.custom_rm_path, dataset.rm_type or args.rm_type)
         keys = {
             "--eval-input-key": dataset.input_key or args.eval_input_key or args.input_key,
             "--eval-label-key": dataset.label_key or args.eval_label_key or args.label_key,
         }
         flag = dataset.source if dataset.source == "--eval-prompt-data" else f"{dataset.name} in {dataset.source}:"
         if "${" not in dataset.path:  # filled in when slime reads the file
-            yield from _data_file(flag, dataset.path, keys, verified)
+            yield from _data_file(flag, dataset.path, keys, judge)
 
 
-def _data_file(flag: str, path: str, keys: dict[str, str | None], verified: bool) -> Iterator[Finding]:
-    """``keys``: flag of each key and the key; ``verified``: DAPO's verifier compares the labels."""
-    path = re.sub(r"@\[-?\d*:-?\d*\]$", "", path)
+LabelJudge = Callable[[Any], Callable[[str], Finding] | None]
+
+
+def _label_judge(custom_rm_path: str | None, rm_type: str | None) -> LabelJudge | None:
+    """What says of a label whether the reward can compare it: None, ``error`` or ``warning``."""
+    if custom_rm_path == OUR_REWARD:
+        return _our_verdict
+    return _slimes_verdict if custom_rm_path is None and is_dapo(rm_type) else None
+
+
+def _our_verdict(label) -> Callable[[str], Finding] | None:
+    try:
+        label_integer(label)
+    except ValueError:
+        return error
+    return None
+
+
+def _slimes_verdict(label) -> Callable[[str], Finding] | None:
+    """slime's own verifier reads a label as a float: of the integers, it is certain to take the plain ones."""
+    verdict = _our_verdict(label)
+    if verdict is None and not re.fullmatch(r"[+-]?[0-9]{1,15}(?:\.0+)?", str(label).strip()):
+        return warning
+    return verdict
+
+
+def _data_file(flag: str, path: str, keys: dict[str, str | None], judge: LabelJudge | None) -> Iterator[Finding]:
+    """``keys``: flag of each key and the key."""
+    path, bounds = _sliced_path(path)
     if not Path(path).is_file():
         yield error(f"{flag} {path} does not exist; check the path")
         return
@@ -187,75 +220,105 @@ def _data_file(flag: str, path: str, keys: dict[str, str | None], verified: bool
     label_flag, label_key = list(keys.items())[1]
     if label_key is None:
         yield error(f"{label_flag} is missing, so that no answer can be checked; add {label_flag} label")
+    if path.endswith(".parquet") and find_spec("pyarrow") is None:
+        return  # slime itself needs it for such files
+    labels: dict[Callable[[str], Finding], tuple[int, str]] = {}  # the first label of each verdict, and its row
+    used = 0
     try:
-        rows = _parquet_rows(path) if path.endswith(".parquet") else _jsonl_rows(path)
+        for number, row in _chosen(path, bounds):
+            used += 1
+            for name, key in keys.items():
+                if key is not None and key not in row:
+                    columns = ", ".join(sorted(map(str, row)))
+                    yield error(
+                        f"{name} {key} is not in every row of {path}: row {number} has {columns or 'nothing'}; name its"
+                        " key"
+                    )
+                    return
+            verdict = judge(row[label_key]) if judge is not None and label_key is not None else None
+            if verdict is not None and verdict not in labels:
+                labels[verdict] = (number, shown(row[label_key]))
     except (OSError, ValueError) as problem:
-        yield error(f"{flag} {path} {problem}; mend the file")
+        yield error(f"{flag} {path} {problem}; fix the file")
         return
-    if rows is None:
+    if not used:
+        yield error(f"{flag} {path} has no rows; fix the file")
+    elif error in labels:
+        number, label = labels[error]
+        yield error(
+            f"{flag} {path} has the label {label} in row {number}, and the reward compares integers; use other data or"
+            " another --custom-rm-path"
+        )
+    elif warning in labels:
+        number, label = labels[warning]
+        yield warning(
+            f"{flag} {path} has the label {label} in row {number}, which slime's verifier may not read; use other data"
+            f" or --custom-rm-path {OUR_REWARD}"
+        )
+
+
+def _sliced_path(path: str) -> tuple[str, slice]:
+    """slime's ``PATH@[START:END]``: the file and its rows that are used."""
+    match = re.fullmatch(r"(.*)@\[(-?\d*):(-?\d*)\]", path, re.DOTALL)
+    if match is None:
+        return path, slice(None)
+    try:
+        return match[1], slice(*(int(bound) if bound else None for bound in (match[2], match[3])))
+    except ValueError:  # a lone minus sign, or more digits than Python reads
+        return path, slice(None)
+
+
+def _chosen(path: str, bounds: slice) -> Iterator[tuple[int, dict]]:
+    """The rows of ``path`` within ``bounds``, numbered from 1 as they stand in the file."""
+    rows = _parquet_rows if path.endswith(".parquet") else _jsonl_rows
+    if bounds == slice(None):
+        yield from enumerate(rows(path), 1)
         return
-    for name, key in keys.items():
-        if key is not None and not all(key in row for row in rows):
-            columns = ", ".join(sorted(rows[0]))
-            yield error(f"{name} {key} is not in every row of {path} (it has {columns}); name its key")
-            return
-    if label_key is not None and verified:
-        for verdict, may in ((error, "compares integers"), (warning, "may not know the unit")):
-            wrong = [row[label_key] for row in rows if _label_verdict(row[label_key]) is verdict]
-            if wrong:
-                yield verdict(
-                    f"{flag} {path} has the label {wrong[0]!r}, and DAPO's verifier {may}; use other data or another"
-                    " --custom-rm-path"
-                )
-                return
+    chosen = range(sum(1 for _ in rows(path)))[bounds]
+    for index, row in enumerate(rows(path)):
+        if index in chosen:
+            yield index + 1, row
 
 
-def _jsonl_rows(path: str) -> list[dict]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in islice(filter(str.strip, file), ROWS_READ)]
-    except ValueError:
-        raise ValueError("holds lines that are no JSON, and slime drops those") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("holds no JSON objects, one per line")
-    return rows
+def _jsonl_rows(path: str) -> Iterator[dict]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(_with_progress(file, path, os.path.getsize(path), len), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError):
+                raise ValueError(f"holds lines that are no JSON, line {number} first, and slime drops those") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"holds no JSON objects, one per line: see line {number}")
+            yield row
 
 
-def _parquet_rows(path: str) -> list[dict] | None:
-    """None where pyarrow is not installed; slime itself needs it for such files."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError:
-        return None
+def _parquet_rows(path: str) -> Iterator[dict]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     try:
         with ParquetFile(path) as file:
-            batch = next(file.iter_batches(batch_size=ROWS_READ), None)
+            batches = _with_progress(file.iter_batches(), path, file.metadata.num_rows, lambda batch: batch.num_rows)
+            for batch in batches:
+                yield from batch.to_pylist()
     except (ArrowException, OSError) as problem:
         raise ValueError(f"is no Parquet file ({str(problem).splitlines()[0]})") from None
-    if batch is None or batch.num_rows == 0:
-        raise ValueError("has no rows")
-    return batch.to_pylist()
 
 
-def _label_verdict(label):
-    """None for what DAPO's verifier reads as an integer: after a last =, without LaTeX's wrapping and thousands commas.
-
-    It also strips the units that it knows, so that a number with one is worth a warning alone.
-    """
-    text = str(label).rpartition("=")[2]
-    text = re.sub(r"\\(?:boxed|text|textbf|overline|mathrm)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\{,\}|,(?=\d{3}(?!\d))|\\[,;! ]|[$\s]", "", text)
-    number = re.fullmatch(r"(.*?[\d.])(?:[a-zA-Z]{2,}|\\?%|\^(?:\\circ|\{\\circ\}))?", text)
-    if number is None:
-        return error
-    try:
-        value = float(number[1])
-        if value != int(value):
-            return error
-    except (ValueError, OverflowError):
-        return error
-    return None if number[1] == text else warning
+def _with_progress(parts: Iterable, path: str, total: int, size_of: Callable[[Any], int]) -> Iterator:
+    """``parts`` of a file whose sizes sum to ``total``; a terminal sees a progress bar once a second has passed."""
+    console = Console(stderr=True)
+    done, show_at = 0, time.monotonic() + PROGRESS_AFTER_SECONDS
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"Reading {escape(os.path.basename(path))}", total=total, visible=False)
+        for part in parts:
+            yield part
+            done += size_of(part)
+            if time.monotonic() > show_at:
+                progress.update(task, completed=done, visible=True)
+                show_at = time.monotonic() + 0.1
 
 
 FILE_RULES = (checkpoints, model, data)

@@ -88,12 +88,12 @@ def label_integer(label) -> str:
         except ValueError:  # Python writes no int of more than 4,300 digits
             integer = None
     if integer is None:
-        raise ValueError(f"the label {_shown(label)} is not an integer")
+        raise ValueError(f"the label {shown(label)} is not an integer")
     return integer
 
 
-def _shown(label) -> str:
-    """``repr``, shortened: a label may be a page of text, or an int that is too long to write."""
+def shown(label) -> str:
+    """``repr`` for a message, shortened: a label may be a page of text, or an int that is too long to write."""
     try:
         shown = repr(label)
     except ValueError:

@@ -75,9 +75,10 @@ def verify(response: str, label, prompt: str | list, verifier: Callable[[str, st
         if score["acc"]:
             return Verdict(True, label, second_look=False, unread=False)
         first = score["pred"]
-    integer = read_integer(first)
-    if integer is None:
-        integer = final_integer(response, asks_for_box(prompt), longest=max(TAIL, 2 * len(label)))
+    found = final_integer(response, asks_for_box(prompt), longest=max(TAIL, 2 * len(label)))
+    # slime has taken words and the left side of equations out of ``pred``: it may speak against an answer, not for one.
+    read = read_integer(first)
+    integer = found if read in (None, label) else read
     correct = integer == label
     return Verdict(correct, integer or first, second_look and correct, unread=integer is None)
 

@@ -125,7 +125,7 @@ def test_a_benchmark_without_accuracy_is_left_out_with_one_warning(reward, monke
     args = Namespace(n_samples_per_eval_prompt=2, eval_datasets=None)
     right = {"acc": 1.0, "pred": "7"}
     data = {
-        "gpqa": {"samples": [SimpleNamespace(index=i, reward=reward) for i in range(4)]},
+        "gpqa": {"samples": [SimpleNamespace(index=i, reward=reward, status=Status.COMPLETED) for i in range(4)]},
         "aime": {"samples": [SimpleNamespace(index=i, reward=right) for i in range(4)]},
     }
     with caplog.at_level(logging.WARNING):
