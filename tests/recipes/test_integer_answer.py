@@ -82,7 +82,19 @@ def test_what_slime_calls_right_is_right(response, label, slimes):
     assert first in (None, str(label)) or not verdict.correct, "another integer stays wrong"
 
 
-WRAPPED = ["{}", "**{}**", "${}$", "\\({}\\)", "\\boxed{{{}}}", "\\text{{{}}}", "x = {}", "{}.", " {} ", "`{}`", "{}\\%"]
+WRAPPED = [
+    "{}",
+    "**{}**",
+    "${}$",
+    "\\({}\\)",
+    "\\boxed{{{}}}",
+    "\\text{{{}}}",
+    "x = {}",
+    "{}.",
+    " {} ",
+    "`{}`",
+    "{}\\%",
+]
 
 
 @given(integers, st.integers(0, 3), st.sampled_from(["", ",", "{,}", "\\,", " "]), st.lists(st.sampled_from(WRAPPED)))
@@ -106,7 +118,9 @@ def test_what_is_read_has_the_digits_of_the_text(text):
         assert text.count("{") == text.count("}")
 
 
-@pytest.mark.parametrize("unit", ["^\\circ}", "\\text{", "\\alpha", "A", "$", " cm", "1,", "1 ", "{,}000", "\\boxed{", "=", "0."])
+@pytest.mark.parametrize(
+    "unit", ["^\\circ}", "\\text{", "\\alpha", "A", "$", " cm", "1,", "1 ", "{,}000", "\\boxed{", "=", "0."]
+)
 @pytest.mark.parametrize("end", ["", "x", "34", "=3", "}"])
 def test_long_input_ends(unit, end):
     """Exponential or quadratic matching would not come back from 100 kB."""
