@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from enum import Enum
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -117,20 +118,80 @@ def test_problems_with_fewer_samples_bound_k():
     assert not any(name.startswith("pass@") for name in evaluate([(["1"], [1])]))
 
 
-@pytest.mark.parametrize("reward", [1.0, {"score": 1.0}, None, {"acc": "yes"}, {"acc": None}])
-def test_a_benchmark_without_accuracy_is_left_out_with_one_warning(reward, monkeypatch, caplog):
-    logged = []
-    monkeypatch.setattr(evaluation.tracking, "log", lambda args, rollout_id, metrics, step_key: logged.append(metrics))
+class Status(Enum):
+    """The part of slime's ``Sample.Status`` that matters."""
+
+    COMPLETED = "completed"
+    ABORTED = "aborted"
+
+
+def sample(index: int, reward, status: Status = Status.COMPLETED) -> SimpleNamespace:
+    return SimpleNamespace(index=index, reward=reward, status=status)
+
+
+@pytest.fixture
+def logged(monkeypatch) -> list[dict]:
+    metrics = []
+    monkeypatch.setattr(evaluation.tracking, "log", lambda args, rollout_id, values, step_key: metrics.append(values))
     evaluation._warn_of_no_accuracy.cache_clear()
-    args = Namespace(n_samples_per_eval_prompt=2, eval_datasets=None)
-    right = {"acc": 1.0, "pred": "7"}
+    return metrics
+
+
+ARGS = Namespace(n_samples_per_eval_prompt=2, eval_datasets=None)
+RIGHT, WRONG = {"acc": 1.0, "pred": "7"}, {"acc": 0.0, "pred": "8"}
+
+
+@pytest.mark.parametrize("reward", [1.0, {"score": 1.0}, None, {"acc": "yes"}, {"acc": None}])
+def test_a_benchmark_without_accuracy_is_left_out_with_one_warning(reward, logged, caplog):
     data = {
-        "gpqa": {"samples": [SimpleNamespace(index=i, reward=reward, status=Status.COMPLETED) for i in range(4)]},
-        "aime": {"samples": [SimpleNamespace(index=i, reward=right) for i in range(4)]},
+        "gpqa": {"samples": [sample(i, reward) for i in range(4)]},
+        "aime": {"samples": [sample(i, RIGHT) for i in range(4)]},
     }
     with caplog.at_level(logging.WARNING):
-        assert evaluation.log_eval_rollout_data(0, args, data) is False
-        assert evaluation.log_eval_rollout_data(5, args, data) is False
+        assert evaluation.log_eval_rollout_data(0, ARGS, data) is False
+        assert evaluation.log_eval_rollout_data(5, ARGS, data) is False
     assert [record.getMessage().partition(" have no")[0] for record in caplog.records] == ["the rewards of gpqa"]
     assert [metrics["eval/aime/avg@2"] for metrics in logged] == [1.0, 1.0]
     assert not any("gpqa" in name for metrics in logged for name in metrics)
+
+
+def test_aborted_responses_are_left_out_and_said_to_be_so(logged, caplog):
+    data = {
+        "aime": {"samples": [sample(0, RIGHT), sample(1, None, Status.ABORTED), sample(2, WRONG), sample(3, RIGHT)]},
+        "gone": {"samples": [sample(0, None, Status.ABORTED)]},
+    }
+    with caplog.at_level(logging.WARNING):
+        evaluation.log_eval_rollout_data(0, ARGS, data)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 responses of {name} were aborted by the engine and have no reward; its metrics leave them out"
+        for name in ("aime", "gone")
+    ]
+    (metrics,) = logged
+    assert metrics["eval/aime/avg@2"] == pytest.approx((1.0 + 0.5) / 2)
+    assert not any("gone" in name for name in metrics)
+
+
+def vote(logged: list[dict], *answers: tuple[object, float]) -> float:
+    """cons@k of one problem."""
+    samples = [sample(i, {"acc": accuracy, "pred": answer}) for i, (answer, accuracy) in enumerate(answers)]
+    args = Namespace(n_samples_per_eval_prompt=len(answers), eval_datasets=None)
+    evaluation.log_eval_rollout_data(0, args, {"aime": {"samples": samples}})
+    return logged[-1][f"eval/aime/cons@{len(answers)}"]
+
+
+def test_spellings_of_one_integer_vote_together(logged):
+    assert vote(logged, ("034", 1), ("34", 1), ("$34$", 1), ("35", 0), ("35", 0)) == 1.0
+    assert vote(logged, ("34", 1), ("34", 1), ("035", 0), ("35.0", 0), ("\\boxed{35}", 0)) == 0.0
+    assert vote(logged, ("x + 1", 0), (" x + 1", 0), ("34", 1)) == 0.0
+
+
+@pytest.mark.parametrize("answer", [["7"], {"x": 7}, 7, 7.5, np.array([7, 8]), b"7"])
+def test_answers_of_any_kind_vote(answer, logged):
+    assert vote(logged, (answer, 1), (answer, 1), ("8", 0)) == 1.0
+
+
+def test_shares_of_verdicts(logged):
+    rewards = [{**RIGHT, "second_look": 1.0, "unread": 0.0}, {**WRONG, "second_look": 0.0, "unread": 1.0}, RIGHT, RIGHT]
+    evaluation.log_eval_rollout_data(0, ARGS, {"aime": {"samples": [sample(i, r) for i, r in enumerate(rewards)]}})
+    assert logged[-1]["eval/aime/second_look_frac"] == 0.5
+    assert logged[-1]["eval/aime/unread_frac"] == 0.5

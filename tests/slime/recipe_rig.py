@@ -130,6 +130,13 @@ def main() -> None:
         function(args, [Sample(index=7, reward=1.0)])
     except ValueError as error:
         results["filter_error"] = str(error)
+    aborted = [*rewarded(args, sample("34", 10)), Sample(index=1, status=Sample.Status.ABORTED)]
+    results["filter"]["aborted"] = [bool(function(args, aborted).keep), function(args, aborted).reason]
+    try:
+        for _ in range(10**6):
+            function(args, aborted)
+    except RuntimeError as error:
+        results["only_aborted"] = str(error)
 
     # Evaluation: two problems of four samples; the first is solved by majority, the second by one sample in four.
     answers = ["34", "34", "35", "34", "34", "35", "35", "36"]
@@ -143,9 +150,11 @@ def main() -> None:
     }
     log_eval_rollout_data(3, args, data, None)
 
-    # Rollout: one right answer of 90 tokens (score 0.25), three wrong ones of 10 (score -1); one more group
+    # Rollout: one right answer of 90 tokens (score 0.25), three wrong ones of 10 (score -1); one more group,
+    # that the second look alone found right, and whose last response is not trained on.
     first = [sample("34", 90), *(sample("35", 10) for _ in range(3))]
-    second = [sample("34", 20, group=1) for _ in range(4)]
+    second = [sample("034", 20, group=1) for _ in range(4)]
+    second[-1].remove_sample = True
     for i, one in enumerate(first + second):
         one.index = i
     log_rollout_data(3, args, rewarded(args, *first, *second), None, 1.0)

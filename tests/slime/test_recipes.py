@@ -46,7 +46,8 @@ def test_reward_beside_the_score(results):
     assert [reward["acc"] for reward in results["batched"]] == [1.0, 0.0]
     assert results["rewards"]["short"]["pred"] == "34"
     assert results["rewards"]["silent"]["pred"] == "[INVALID]"
-    assert "is no integer" in results["label_error"] and "--label-key" in results["label_error"]
+    assert results["rewards"]["silent"]["unread"] == 1.0
+    assert "is not an integer (sample 0)" in results["label_error"] and "--label-key" in results["label_error"]
 
 
 def test_group_filter_is_blind_to_the_penalty(results):
@@ -55,8 +56,10 @@ def test_group_filter_is_blind_to_the_penalty(results):
         "all_right_other_lengths": [False, "all_right"],
         "all_wrong_other_lengths": [False, "all_wrong"],
         "mixed_equal_scores": [True, None],
+        "aborted": [False, "aborted"],
     }
     assert "sample 7 has no 'acc'" in results["filter_error"]
+    assert "256 groups in a row could not be used" in results["only_aborted"]
 
 
 def test_evaluation(results):
@@ -73,6 +76,9 @@ def test_evaluation(results):
 def test_rollout_metric(results):
     scalars = results["scalars"]
     # Group of four with scores 0.25, -1, -1, -1: advantages 1.5 and -0.5; the other group has none.
-    expected = (1.5 * 90 - 0.5 * 30) / (90 + 30 + 80)
+    expected = (1.5 * 90 - 0.5 * 30) / (90 + 30 + 60)
     assert scalars["rollout/length_weighted_mean_advantage"][-1] == pytest.approx(expected, rel=1e-4)
+    assert scalars["rollout/second_look_frac"][-1] == pytest.approx(4 / 8)
+    assert scalars["rollout/unread_frac"][-1] == 0.0
+    assert scalars["rollout/removed_frac"][-1] == pytest.approx(1 / 8)
     assert "rollout/response_len/mean" in scalars, "slime's own metrics follow"
