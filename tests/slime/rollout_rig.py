@@ -15,6 +15,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
 from slime.ray.rollout import RolloutManager
 from slime.rollout.data_source import RolloutDataSource
 from slime.rollout.sglang_rollout import generate_rollout
@@ -27,6 +30,10 @@ from transformers import PreTrainedTokenizerFast
 from slime_fipo.check.derived import OUR_FILTER, OUR_REWARD
 from slime_fipo.recipes.filters import most_drops_in_a_row
 from slime_fipo.recipes.rollout_metrics import verdict_shares
+
+from . import micro_batch
+from .cases import Case
+from .rig import World, train_step
 
 PROMPTS_PER_ROLLOUT, SAMPLES_PER_PROMPT, DRAWN_AT_ONCE, RESPONSE_LENGTH = 4, 2, 8, 10
 
@@ -154,6 +161,24 @@ def train_data(args: Namespace, samples: list[Sample]) -> dict:
     return manager._convert_samples_to_train_data(holder, samples)
 
 
+def gradients_of_removed_samples(folder: Path) -> dict[str, list[float]]:
+    """Largest gradient and metric of a step of ``remove_sample`` alone, through slime's loss, by loss and mode."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    mpu.initialize_model_parallel()
+    torch.compiler.set_stance("force_eager")
+    samples = micro_batch.make_samples()
+    for mask in samples.loss_masks:
+        mask.zero_()
+    found = {}
+    for loss_type in ("policy_loss", "custom_loss"):
+        for per_token in (False, True):
+            args = Case(dict(fipo_preset="7b")).namespace(loss_type=loss_type, calculate_per_token_loss=per_token)
+            step = train_step(args, samples, World())
+            loss = abs(float(step["metrics"]["loss"]))
+            found[f"{loss_type}, per token {per_token}"] = [float(step["gradient"].abs().max()), loss]
+    return found
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     router = ThreadingHTTPServer(("127.0.0.1", 0), Router)
@@ -191,6 +216,7 @@ def main() -> None:
             "raw_rewards": trained["raw_reward"],
             "shares": verdict_shares(samples),
         }
+    results["gradients"] = gradients_of_removed_samples(out.parent)
     out.write_text(json.dumps(results))
 
 

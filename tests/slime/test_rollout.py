@@ -66,3 +66,8 @@ def test_a_rollout_in_which_everything_is_right_ends_and_says_why(rollouts):
 @pytest.mark.parametrize("name", ["unread", "still unread", "all right"])
 def test_nothing_is_trained_on_groups_without_advantage(rollouts, name):
     assert rollouts[name]["trained_tokens"] == 0
+
+
+def test_removed_samples_have_no_gradient(rollouts):
+    assert len(rollouts["gradients"]) == 4
+    assert {name: values for name, values in rollouts["gradients"].items() if values != [0.0, 0.0]} == {}
