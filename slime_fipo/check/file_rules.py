@@ -6,12 +6,13 @@ Each rule is a generator over the parsed command, as in ``flag_rules.py``.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -201,11 +202,28 @@ def _our_verdict(label) -> Callable[[str], Finding] | None:
 
 
 def _slimes_verdict(label) -> Callable[[str], Finding] | None:
-    """slime's own verifier reads a label as a float: of the integers, it is certain to take the plain ones."""
-    verdict = _our_verdict(label)
-    if verdict is None and not re.fullmatch(r"[+-]?[0-9]{1,15}(?:\.0+)?", str(label).strip()):
+    """slime's own verifier reads labels as floats: plain ones for certain; of others it is asked, where slime is."""
+    if (verdict := _our_verdict(label)) is not None or re.fullmatch(r"[+-]?[0-9]{1,15}(?:\.0+)?", str(label).strip()):
+        return verdict
+    if (verify := _slimes_verifier()) is None:
         return warning
-    return verdict
+    try:
+        return None if verify(f"Answer: {label_integer(label)}", label)["acc"] else error
+    except (ValueError, TypeError, OverflowError):
+        return error
+
+
+@functools.cache
+def _slimes_verifier() -> Callable[[str, Any], dict] | None:
+    """``compute_score`` of the slime that this Python would import; its package, which needs Ray, stays out."""
+    package = find_spec("slime")
+    for folder in (package and package.submodule_search_locations) or ():
+        file = Path(folder) / "rollout" / "rm_hub" / "math_dapo_utils.py"
+        if file.is_file():
+            spec = spec_from_file_location("math_dapo_utils", file)
+            spec.loader.exec_module(module := module_from_spec(spec))
+            return module.compute_score
+    return None
 
 
 def _data_file(flag: str, path: str, keys: dict[str, str | None], judge: LabelJudge | None) -> Iterator[Finding]:
@@ -245,9 +263,10 @@ def _data_file(flag: str, path: str, keys: dict[str, str | None], judge: LabelJu
         yield error(f"{flag} {path} has no rows; fix the file")
     elif error in labels:
         number, label = labels[error]
+        other = f"--custom-rm-path {OUR_REWARD}" if judge is _slimes_verdict else "another --custom-rm-path"
         yield error(
             f"{flag} {path} has the label {label} in row {number}, and the reward compares integers; use other data or"
-            " another --custom-rm-path"
+            f" {other}"
         )
     elif warning in labels:
         number, label = labels[warning]

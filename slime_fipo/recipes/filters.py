@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 ROLLOUTS_IN_A_ROW = 8
 GROUPS_IN_A_ROW = 256
@@ -35,33 +36,36 @@ class _Dropped:
 
     groups: Counter = field(default_factory=Counter)  # by reason
     responses: int = 0
+    judged: int = 0  # responses whose reward says whether an answer was read
     unread: int = 0
-    example: object = None  # a sample, one without an answer if there was one
+    example: Any = None  # a sample, one without an answer if there was one
+    example_unread: bool = False
 
     def add(self, reason: str, samples: list) -> None:
         self.groups[reason] += 1
         for sample in samples:
-            unread = isinstance(sample.reward, dict) and bool(sample.reward.get("unread"))
+            unread = sample.reward.get("unread") if isinstance(sample.reward, dict) else None
             self.responses += 1
-            self.unread += unread
-            if self.example is None or (unread and not self.example.reward.get("unread")):
-                self.example = sample
+            self.judged += unread is not None
+            self.unread += bool(unread)
+            if self.example is None or (unread and not self.example_unread):
+                self.example, self.example_unread = sample, bool(unread)
 
     def warn(self) -> None:
-        share = self.unread / max(self.responses, 1)
+        share = self.unread / self.judged if self.judged else 0.0
         logger.warning(
-            "accuracy_varies dropped %d groups in a row (%s) and kept none; no integer was read in %.0f%% of their %d"
-            " responses. %s. One, with label %r, ends: %r. Until a group varies, groups are kept so that the rollout"
-            " ends and its metrics are logged, with remove_sample set, so that nothing is trained on them",
+            "accuracy_varies dropped %d groups in a row (%s) and kept none. In %s of their %d responses no integer was"
+            " read. %s. One, with label %r, ends: %r. Until a group varies, groups are kept so that the rollout ends"
+            " and its metrics are logged, with remove_sample set, so that nothing is trained on them",
             self.groups.total(),
             ", ".join(f"{count} {reason}" for reason, count in self.groups.most_common()),
-            100 * share,
+            f"{share:.0%}" if self.judged else "an unknown share",
             self.responses,
-            "The prompts may ask for another form of answer than the reward reads (docs/runs)"
-            if share > 0.5
+            "The prompts may ask for another form of answer than the reward reads (docs/runs), or responses be cut off"
+            if share > 0.1
             else "The prompts may be too hard or too easy for the model",
-            str(getattr(self.example, "label", None))[:80],
-            str(getattr(self.example, "response", ""))[-RESPONSE_END:],
+            str(self.example.label)[:80],
+            self.example.response[-RESPONSE_END:],
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from slime_fipo.check import file_rules
 from slime_fipo.check.command import parse_command
 from slime_fipo.check.derived import OUR_REWARD
 from slime_fipo.check.file_rules import data
@@ -129,29 +129,37 @@ def test_other_rewards_labels_are_not_judged(tmp_path):
     assert found(path, "--custom-rm-path", "my.reward") == []
 
 
-# What slime's own verifier makes of a label that ours reads: certain, or perhaps not (it goes through a float).
-SLIMES = {"34": True, "034": True, "-4": True, "7.0": True, " 8 ": True, "-1,000": False, "9007199254740993": False}
+# Labels that are integers, and whether slime's own verifier compares them rightly; of the plain ones that is certain.
+PLAIN = ["34", "034", "-4", "7.0", " 8 ", 7, 7.0]
+SLIMES = {"1,000": True, "$12$": True, "\\boxed{7}": True, "x=5": True, "12 cm": True, "9007199254740993": False}
+SLIMES |= {"-1,000": False, "\\boxed{-1,000}": False, "1\\,000": False, "\\mathrm{34}": False, "\u22124": False}
 
 
-@pytest.mark.parametrize("label", SLIMES)
-def test_slimes_own_verifier_reads_plain_labels(label, tmp_path):
-    message = found(jsonl(tmp_path / "data.jsonl", [row(label)]), "--rm-type", "dapo")
-    assert [one.startswith("warning: ") and OUR_REWARD in one for one in message] == [True] * (not SLIMES[label])
-    (message,) = found(jsonl(tmp_path / "data.jsonl", [row("0.5")]), "--rm-type", "dapo")
-    assert message.startswith("error: ")
+def judged_by_slime(label, tmp_path) -> list[str]:
+    file_rules._slimes_verifier.cache_clear()
+    messages = found(jsonl(tmp_path / "data.jsonl", [row(label)]), "--rm-type", "dapo")
+    file_rules._slimes_verifier.cache_clear()
+    assert all(OUR_REWARD in message for message in messages)
+    return [message.partition(":")[0] for message in messages]
+
+
+def test_labels_for_slimes_own_verifier_without_slime(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_rules, "find_spec", lambda name: None)
+    assert [judged_by_slime(label, tmp_path) for label in PLAIN] == [[]] * len(PLAIN)
+    assert [judged_by_slime(label, tmp_path) for label in SLIMES] == [["warning"]] * len(SLIMES)
+    assert judged_by_slime("0.5", tmp_path) == ["error"]
 
 
 @pytest.mark.slime
-def test_slimes_own_verifier_takes_the_labels_without_a_warning(slime_root):
-    file = slime_root / "slime" / "rollout" / "rm_hub" / "math_dapo_utils.py"
-    spec = importlib.util.spec_from_file_location("math_dapo_utils", file)
-    spec.loader.exec_module(verifier := importlib.util.module_from_spec(spec))
-    for label, certain in SLIMES.items():
-        if certain:
-            assert verifier.compute_score(f"Answer: {int(float(label))}", label)["acc"], label
-    with pytest.raises(ValueError):
-        verifier.compute_score("Answer: -1000", "-1,000")
-    assert not verifier.compute_score("Answer: 9007199254740993", "9007199254740993")["acc"]
+def test_labels_for_slimes_own_verifier_are_judged_by_it(slime_root, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(slime_root)
+    assert [judged_by_slime(label, tmp_path) for label in PLAIN] == [[]] * len(PLAIN)
+    for label, reads in SLIMES.items():
+        assert judged_by_slime(label, tmp_path) == ["error"] * (not reads), label
+    assert judged_by_slime("0.5", tmp_path) == ["error"], "slime would make it 0"
+    for label in PLAIN:
+        verdict = file_rules._slimes_verifier()(f"Answer: {int(float(label))}", label)
+        assert verdict["acc"], "plain labels are taken without asking"
 
 
 def test_keys_of_parquet_files(tmp_path):

@@ -43,7 +43,7 @@ def test_a_rollout_in_which_nothing_is_read_ends_and_says_why(rollouts):
     assert rollout["groups"] == rollouts["prompts"]
     (message,) = rollout["warnings"]
     assert f"dropped {rollouts['most']} groups in a row" in message
-    assert "no integer was read in 100%" in message or "no integer was read in 99%" in message
+    assert "In 100% of their 512 responses no integer was read" in message or "In 99% of their 512" in message
     assert "another form of answer" in message and "Therefore the final result is $\\\\boxed{34}$" in message
     assert rollout["shares"] == {"second_look_frac": 0.0, "unread_frac": 1.0}
     assert rollout["metrics"]["rollout/dynamic_filter/drop_all_wrong"] > rollouts["most"] / 2
