@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .bash import EXAMPLES, LAUNCH_SCRIPTS, ROOT, clean, dry_run
+from .bash import EXAMPLES, LAUNCH_SCRIPTS, ROOT, clean, dry_run, machine
 
 RAY_JOB = EXAMPLES / "ray_job.sh"
 ALL_RUNS = [*LAUNCH_SCRIPTS, EXAMPLES / "run-embedded.sh"]
@@ -110,18 +107,14 @@ def test_any_value_arrives_as_it_is(passed, ours):
 
 def test_a_submitted_value_is_on_no_command_line_and_in_no_log(tmp_path):
     """What `ray` is given, told by a program in its place: the real one is in tests/cluster."""
-    programs = programs_but("ray", directory=tmp_path)
-    (programs / "ray").write_text(
+    env = machine(tmp_path, TMPDIR=str(tmp_path), KEY="secret", PASS_ENV="KEY")
+    Path(env["PATH"], "ray").write_text(
         f'#!/bin/bash\nprintf "%s\\n" "$@" >>{tmp_path}/words\n'
         "while [[ $1 != --runtime-env ]]; do shift; done\n"
         f'stat -c %a "$2" >{tmp_path}/mode; cat "$2" >{tmp_path}/file\n'
     )
-    (programs / "ray").chmod(0o755)
-    env = {"PATH": str(programs), "TMPDIR": str(tmp_path), "RAY_ADDRESS": "http://127.0.0.1:1", "KEY": "secret"}
     program = 'set -euo pipefail; source "$1"; check_ray() { :; }; submit 0 A=b -- true'
-    result = subprocess.run(
-        ["bash", "-c", program, "-", str(RAY_JOB)], env=env | {"PASS_ENV": "KEY"}, capture_output=True, text=True
-    )
+    result = subprocess.run(["bash", "-c", program, "-", str(RAY_JOB)], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     words = (tmp_path / "words").read_text()
     assert "secret" not in words + result.stdout + result.stderr
@@ -145,38 +138,9 @@ def test_default_ports_are_below_those_of_any_connection():
 
 # -- a machine that lacks something --
 
-TOOLS = ("dirname", "basename", "uname", "hostname", "getent", "cut", "tr", "od", "date", "mktemp", "rm", "cat", "grep")
-TOOLS += ("stat", "realpath", "sleep", "bash", "env")
 
-
-def programs_but(*missing: str, directory: Path, python_flags: str = "") -> Path:
-    """A directory for PATH with what the scripts call, but for some."""
-    programs = directory / "bin"
-    programs.mkdir()
-    for tool in TOOLS:
-        (programs / tool).symlink_to(shutil.which(tool))
-    for name, text in (("python3", f'{shlex.quote(sys.executable)} {python_flags} "$@"'), ("ray", "false")):
-        if name not in missing:
-            (programs / name).write_text(f"#!/bin/bash\nexec {text}\n")
-            (programs / name).chmod(0o755)
-    return programs
-
-
-def run_lacking(script: Path, programs: Path, directory: Path, **variables: str) -> str:
+def run_lacking(script: Path, env: dict[str, str], directory: Path) -> str:
     """What a script says on stderr; it must fail, print nothing else, and have no traceback."""
-    for folder in ("slime", "megatron/megatron/training", "models/Qwen2.5-Math-7B"):
-        (directory / folder).mkdir(parents=True, exist_ok=True)
-    (directory / "slime" / "train.py").touch()
-    (directory / "models" / "Qwen2.5-Math-7B" / "config.json").write_text('{"max_position_embeddings": 4096}')
-    env = {
-        "PATH": str(programs),
-        "SLIME_DIR": str(directory / "slime"),
-        "MEGATRON_DIR": str(directory / "megatron"),
-        "MODEL_ROOT": str(directory / "models"),
-        "SAVE": str(directory / "save"),
-        "RAY_ADDRESS": "http://127.0.0.1:1",
-        **variables,
-    }
     result = subprocess.run(["bash", str(script)], env=env, cwd=directory, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -186,14 +150,13 @@ def run_lacking(script: Path, programs: Path, directory: Path, **variables: str)
 @pytest.mark.parametrize("program", ["python3", "ray"])
 @pytest.mark.parametrize("script", ALL_RUNS, ids=lambda s: s.stem)
 def test_a_missing_program_is_one_line(script, program, tmp_path):
-    said = run_lacking(script, programs_but(program, directory=tmp_path), tmp_path)
+    said = run_lacking(script, machine(tmp_path, without=(program,)), tmp_path)
     assert said.startswith(f"{program} is not on PATH: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", ALL_RUNS, ids=lambda s: s.stem)
 def test_a_python_without_ray_is_one_line(script, tmp_path):
-    programs = programs_but(directory=tmp_path, python_flags="-S")
-    said = run_lacking(script, programs, tmp_path, CHECK="0")
+    said = run_lacking(script, machine(tmp_path, python_flags="-S", CHECK="0"), tmp_path)
     assert "cannot import Ray's job API (No module named 'ray')" in said and said.count("\n") == 1
 
 
@@ -204,13 +167,13 @@ def test_a_python_without_ray_is_one_line(script, tmp_path):
 @pytest.mark.parametrize("script", LAUNCH_SCRIPTS, ids=lambda s: s.stem)
 def test_a_missing_checkout_is_one_line(script, variable, message, tmp_path):
     nowhere = str(tmp_path / "no where")
-    said = run_lacking(script, programs_but(directory=tmp_path), tmp_path, **{variable: nowhere})
+    said = run_lacking(script, machine(tmp_path, **{variable: nowhere}), tmp_path)
     assert said.splitlines()[-1].startswith(message.format(nowhere)) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", LAUNCH_SCRIPTS, ids=lambda s: s.stem)
 def test_a_python_without_our_packages_is_one_line(script, tmp_path):
-    said = run_lacking(script, programs_but(directory=tmp_path, python_flags="-S"), tmp_path)
+    said = run_lacking(script, machine(tmp_path, python_flags="-S"), tmp_path)
     assert f"/bin/python3 has no torch, numpy, yaml, safetensors, typer, rich: pip install {ROOT}\n" in said
     assert said.count("\n") == 1
 
@@ -226,8 +189,6 @@ def test_the_packages_that_are_looked_for_are_the_projects():
 
 def test_a_dry_run_needs_no_ray(tmp_path):
     for script in ALL_RUNS:
-        directory = tmp_path / script.stem
-        directory.mkdir()
-        env = {"PATH": str(programs_but("ray", directory=directory)), "DRY_RUN": "1"}
+        env = machine(tmp_path / script.stem, without=("ray",), DRY_RUN="1")
         result = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True)
         assert result.returncode == 0 and result.stderr == "" and result.stdout.startswith("ray job submit")
