@@ -114,7 +114,8 @@ launch() {
                return 2
             fi
          done
-         # Megatron keeps every checkpoint whose number is a multiple of this, and the newest. slime's numbers are below.
+         # Megatron keeps the newest checkpoint and those whose number is a multiple of this. slime numbers by rollout,
+         # from 0, so all are smaller.
          keep_args=(--save-retain-interval "$((SAVE_INTERVAL * (NUM_ROLLOUT + 1)))")
          ;;
       *) echo "KEEP_CHECKPOINTS is ${KEEP_CHECKPOINTS}; it must be newest or all" >&2; return 2 ;;
