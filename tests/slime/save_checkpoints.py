@@ -1,6 +1,6 @@
 """Megatron's real ``save_checkpoint`` at the rollouts at which slime's loop saves.
 
-``save_checkpoints.py FOLDER ROLLOUTS INTERVAL RETAIN`` runs it with ``--save-retain-interval RETAIN`` and without it, and
+``save_checkpoints.py FOLDER ROLLOUTS INTERVAL RETAIN`` runs it with ``--save-retain-interval RETAIN`` and without, and
 prints the checkpoints that are left as JSON.
 """
 
