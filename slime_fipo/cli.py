@@ -57,7 +57,7 @@ def _run_embedded(command: str, module: str, argv: list[str]) -> None:
     try:
         main = importlib.import_module(f".local.{module}", __package__).main
     except ModuleNotFoundError as error:
-        _fail(f"slime-fipo {command} needs the package {error.name}: pip install 'slime-fipo[local]'")
+        _fail(f"slime-fipo {command} needs the package {error.name}: pip install '/path/to/slime-fipo[local]'")
     try:
         main(argv)
     except UserError as error:

@@ -7,13 +7,15 @@
 #   LOGPROBS        old log-probs: rollout (SGLang's, as sampled) or train (Megatron's, recomputed; the paper)
 #   MODEL           name of the checkpoint's folder below MODEL_ROOT
 #   HF_CHECKPOINT, REF_LOAD, SAVE          Hugging Face folder, Megatron folder, run folder (also resumed from)
-#   MODEL_ROOT, DATA_ROOT, PROMPT_DATA, AIME24, AIME25 (empty: leave the benchmark out)
+#   MODEL_ROOT, DATA_ROOT, PROMPT_DATA, AIME24 (empty: leave the benchmark out), AIME25 (left out unless set)
 #   SLIME_DIR, MEGATRON_DIR                checkouts, at the same path on every node
 #   NUM_NODES, GPUS_PER_NODE, TP, PP, CP, ROLLOUT_GPUS_PER_ENGINE, MAX_TOKENS_PER_GPU, SGLANG_MEM_FRACTION
 #   ROLLOUT_BATCH_SIZE, N_SAMPLES_PER_PROMPT, GLOBAL_BATCH_SIZE, OVER_SAMPLING_BATCH_SIZE, NUM_ROLLOUT
 #   WARMUP_ROLLOUTS, MAX_PROMPT_LEN, MAX_RESPONSE_LEN, OVERLONG_BUFFER_LEN
-#   EVAL_INTERVAL, EVAL_SAMPLES, SAVE_INTERVAL, WANDB_PROJECT (empty: no wandb)
-#   CHECK=0         submit without `slime-fipo check`
+#   EVAL_INTERVAL, EVAL_SAMPLES, WANDB_PROJECT (empty: no wandb)
+#   SAVE_INTERVAL   rollouts between checkpoints; each holds the optimizer, 14 bytes per parameter
+#   KEEP_CHECKPOINTS  newest (a checkpoint is deleted when the next one is complete, so SAVE needs room for two) or all
+#   CHECK=0         submit without looking at this machine's checkouts, and without `slime-fipo check`
 #   DRY_RUN=1       print the command and do nothing
 #
 # The launch script's own: FIPO_ARGS (the objective's flags) and MODEL_ARGS (scripts/models).
@@ -37,7 +39,7 @@ REF_LOAD="${REF_LOAD:-${MODEL_ROOT}/${MODEL}_torch_dist}"
 SAVE="${SAVE:-${MODEL_ROOT}/${MODEL}_slime_${LOSS}}"
 PROMPT_DATA="${PROMPT_DATA:-${DATA_ROOT}/dapo-math-17k/dapo-math-17k.jsonl}"
 AIME24="${AIME24-${DATA_ROOT}/aime-2024/aime-2024.jsonl}"
-AIME25="${AIME25-${DATA_ROOT}/aime-2025/aime-2025.jsonl}"
+AIME25="${AIME25:-}"
 
 NUM_NODES="${NUM_NODES:-1}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-8}"
@@ -57,9 +59,38 @@ MAX_RESPONSE_LEN="${MAX_RESPONSE_LEN:-10240}"
 OVERLONG_BUFFER_LEN="${OVERLONG_BUFFER_LEN:-2048}"
 EVAL_INTERVAL="${EVAL_INTERVAL:-5}"
 EVAL_SAMPLES="${EVAL_SAMPLES:-32}"
-SAVE_INTERVAL="${SAVE_INTERVAL:-5}"
+SAVE_INTERVAL="${SAVE_INTERVAL:-20}"
+KEEP_CHECKPOINTS="${KEEP_CHECKPOINTS:-newest}"
+
+# require_checkouts: ends the script where this machine lacks what the run imports
+require_checkouts() {
+   local missing
+   if [[ ! -f ${SLIME_DIR}/train.py ]]; then
+      echo "no slime in ${SLIME_DIR}: set SLIME_DIR to a checkout of https://github.com/THUDM/slime" >&2
+      exit 2
+   fi
+   if [[ ! -d ${MEGATRON_DIR}/megatron/training ]]; then
+      echo "no Megatron-LM in ${MEGATRON_DIR}: set MEGATRON_DIR to the checkout that slime's Dockerfile names" >&2
+      exit 2
+   fi
+   missing="$(python3 -c 'import sys; from importlib.util import find_spec as found; print(*(m for m in sys.argv[1:] if not found(m)))' \
+      torch numpy yaml safetensors typer rich)"
+   if [[ -n ${missing} ]]; then
+      echo "$(command -v python3) has no ${missing// /, }: pip install ${FIPO_DIR}" >&2
+      exit 2
+   fi
+}
+
+# value_of FLAG WORD...: the word behind a flag; nothing where it is not given
+value_of() {
+   local flag="$1"
+   shift
+   while [[ $# -gt 0 && $1 != "${flag}" ]]; do shift; done
+   echo "${2:-}"
+}
 
 launch() {
+   local argument
    local -a loss_args eval_data=() wandb_args=()
 
    case "${LOSS}" in
@@ -73,6 +104,22 @@ launch() {
       train) ;;
       *) echo "LOGPROBS is ${LOGPROBS}; it must be rollout or train" >&2; return 2 ;;
    esac
+   local -a keep_args=()
+   case "${KEEP_CHECKPOINTS}" in
+      all) ;;
+      newest)
+         for argument in "$@"; do
+            if [[ ${argument} == --save-interval* ]]; then
+               echo "set SAVE_INTERVAL in place of ${argument}: what KEEP_CHECKPOINTS=newest passes depends on it" >&2
+               return 2
+            fi
+         done
+         # Megatron keeps the newest checkpoint and those whose number is a multiple of this. slime numbers by rollout,
+         # from 0, so all are smaller.
+         keep_args=(--save-retain-interval "$((SAVE_INTERVAL * (NUM_ROLLOUT + 1)))")
+         ;;
+      *) echo "KEEP_CHECKPOINTS is ${KEEP_CHECKPOINTS}; it must be newest or all" >&2; return 2 ;;
+   esac
    if [[ ${DRY_RUN:-0} != 1 && -z ${RAY_ADDRESS:-} && ${NUM_NODES} -gt 1 ]]; then
       echo "this run takes ${NUM_NODES} nodes: set RAY_ADDRESS to their Ray cluster, or submit it with slurm/fipo.sbatch" >&2
       return 2
@@ -84,6 +131,8 @@ launch() {
       --use-wandb
       --wandb-project "${WANDB_PROJECT}"
       --wandb-group "$(basename -- "${SAVE}")"
+      # a continued run is a new one in W&B: of the same name, and in the same group
+      --disable-wandb-random-suffix
    )
 
    local -a ckpt_args=(
@@ -93,6 +142,7 @@ launch() {
       --load "${SAVE}"
       --save "${SAVE}"
       --save-interval "${SAVE_INTERVAL}"
+      "${keep_args[@]}"
    )
    local -a rollout_args=(
       --prompt-data "${PROMPT_DATA}"
@@ -167,6 +217,12 @@ launch() {
       --rollout-num-gpus-per-engine "${ROLLOUT_GPUS_PER_ENGINE}"
       --sglang-mem-fraction-static "${SGLANG_MEM_FRACTION}"
    )
+   # Megatron pads the vocabulary to a multiple of 128 × TP. Its softmax runs over the padding too, SGLang's does not.
+   local -a vocab_args=()
+   local divisor=128 vocab
+   vocab="$(value_of --vocab-size "${MODEL_ARGS[@]}")"
+   while ((vocab % (divisor * ${TP:-1}) && divisor > 1)); do divisor=$((divisor / 2)); done
+   [[ ${divisor} -eq 128 ]] || vocab_args=(--make-vocab-size-divisible-by "${divisor}")
    local -a misc_args=(
       # Megatron's default dropout is 0.1
       --attention-dropout 0.0
@@ -182,6 +238,7 @@ launch() {
       --num-gpus-per-node "${GPUS_PER_NODE}"
       --colocate
       "${MODEL_ARGS[@]}"
+      "${vocab_args[@]}"
       "${ckpt_args[@]}"
       "${rollout_args[@]}"
       "${reward_args[@]}"
@@ -197,15 +254,16 @@ launch() {
    )
 
    if [[ ${DRY_RUN:-0} != 1 && ${CHECK:-1} != 0 ]]; then
+      require_checkouts
       PYTHONPATH="${FIPO_DIR}${PYTHONPATH:+:${PYTHONPATH}}" python3 -m slime_fipo.cli check -- "${train[@]}"
    fi
    # NVLink SHARP only where there is NVLink, as slime's own scripts have it.
    local nvls=0
    if nvidia-smi topo -m 2>/dev/null | grep -q 'NV[0-9]'; then nvls=1; fi
-   submit "${GPUS_PER_NODE}" "$(env_json \
+   submit "${GPUS_PER_NODE}" \
       "PYTHONPATH=${FIPO_DIR}:${SLIME_DIR}:${MEGATRON_DIR}" \
       CUDA_DEVICE_MAX_CONNECTIONS=1 \
       SLIME_FIPO_SAVE_ON_SIGTERM=1 \
-      "NCCL_NVLS_ENABLE=${nvls}")" \
-      "${train[@]}"
+      "NCCL_NVLS_ENABLE=${nvls}" \
+      -- "${train[@]}"
 }

@@ -6,12 +6,26 @@
 #                    and stop it, and nothing else, at the end. Other Rays on the host are left alone.
 #   RAY_PORT, RAY_DASHBOARD_PORT, RAY_AGENT_PORT, RAY_CLIENT_PORT    ports of a Ray of our own
 #   RAY_JOB_STOP_WAIT_TIME_S    seconds that a stopped job may take to end by itself (Ray's own variable; 60)
-#   DRY_RUN=1        print the command and do nothing
+#   PASS_ENV         variables of yours that the job gets, names or patterns: "WANDB_API_KEY NCCL_* HF_*". A Ray of our
+#                    own inherits your environment anyway; a given cluster does not.
+#   no_proxy, NO_PROXY    kept; this node and the job API's host are added, here and in the job
+#   DRY_RUN=1        print the command and do nothing; the values of PASS_ENV's variables are hidden
 
 RAY_PID=
 SUBMIT_PID=
 JOB_ID=
+RUNTIME_ENV_FILE=
 RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-60}"
+
+# require PROGRAM WHAT_TO_DO: ends the script where a program is missing
+require() {
+   if ! command -v "$1" >/dev/null; then
+      echo "$1 is not on PATH: $2" >&2
+      exit 2
+   fi
+}
+require python3 "activate the environment that has slime and Ray, or run this in slime's container"
+[[ ${DRY_RUN:-0} == 1 ]] || require ray "pip install 'ray[default]', or run this in slime's container"
 
 # quoted WORD...: the words as one line that a shell reads back as the same words
 quoted() {
@@ -20,19 +34,67 @@ quoted() {
    printf '%s\n' "${line% }"
 }
 
-# env_json NAME=VALUE...: Ray's runtime environment. Ray's job supervisor, which stops a job, runs in it too.
-env_json() {
-   python3 -c 'import json, sys; print(json.dumps({"env_vars": dict(a.split("=", 1) for a in sys.argv[1:])}))' \
-      "$@" "RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S}"
+# own_hosts: the names and addresses of this node, as Ray, SGLang and slime may find them
+own_hosts() {
+   local host="${RAY_ADDRESS:-}"
+   host="${host#*://}"
+   host="${host%%/*}"
+   host="${host%:*}"
+   echo localhost 127.0.0.1 0.0.0.0 "${MASTER_ADDR:-}" "${host}" "$(uname -n)"
+   hostname -I 2>/dev/null || getent ahosts "$(uname -n)" | cut -d ' ' -f 1
 }
 
-# check_quoting WORD...: older Rays' `ray job submit` joins the words by Windows' rules and hands the line to sh
-check_quoting() {
+# no_proxy_with HOST...: the user's no_proxy and NO_PROXY and these hosts, each once
+no_proxy_with() {
+   local host joined=
+   local -a hosts
+   IFS=$', \t\n' read -r -d '' -a hosts <<<"${no_proxy:-},${NO_PROXY:-},$*" || true
+   for host in "${hosts[@]}"; do
+      # An asterisk means every host, but only where it stands by itself.
+      if [[ ${host} == '*' ]]; then
+         joined='*'
+         break
+      fi
+      [[ ",${joined}," == *",${host},"* ]] || joined+="${joined:+,}${host}"
+   done
+   echo "${joined}"
+}
+
+# runtime_env FORMAT NAME=VALUE...: Ray's runtime environment: these variables, PASS_ENV's, no_proxy, and what Ray's job
+# supervisor, which stops a job and runs in it too, has to know. FORMAT is yaml, or json with PASS_ENV's values hidden.
+runtime_env() {
+   python3 - "$@" "no_proxy=${no_proxy:-}" "NO_PROXY=${NO_PROXY:-}" \
+      "RAY_JOB_STOP_WAIT_TIME_S=${RAY_JOB_STOP_WAIT_TIME_S}" <<'EOF'
+import fnmatch
+import json
+import os
+import sys
+
+hidden = sys.argv[1] == "json"
+passed = {}
+for pattern in os.environ.get("PASS_ENV", "").replace(",", " ").split():
+    if not set(pattern) & set("*?[") and pattern not in os.environ:
+        sys.exit(f"PASS_ENV names {pattern}, which is not set: export it, or take it out of PASS_ENV")
+    for name in set(fnmatch.filter(os.environ, pattern)) - {"RAY_ADDRESS"}:  # Ray gives the job its own
+        passed[name] = "***" if hidden else os.environ[name]
+variables = passed | dict(word.split("=", 1) for word in sys.argv[2:])
+text = json.dumps({"env_vars": variables}, ensure_ascii=hidden)
+# YAML knows JSON's escapes but not its surrogate pairs.
+print(text if hidden else "".join(c if " " <= c <= "~" else f"\\U{ord(c):08x}" for c in text))
+EOF
+}
+
+# check_ray WORD...: Ray can be imported, and its job API hands on these words as they are. Older Rays' `ray job submit`
+# joins them by Windows' rules and gives the line to sh.
+check_ray() {
    python3 - "$@" <<'EOF'
 import re
 import sys
 
-from ray.dashboard.modules.job import cli
+try:
+    from ray.dashboard.modules.job import cli
+except ImportError as error:
+    sys.exit(f"{sys.executable} cannot import Ray's job API ({error}): install 'ray[default]' there")
 
 odd = [word for word in sys.argv[1:] if re.search(r"[$`'&;|<>()*?\\~#\n]", word)]
 if odd and not hasattr(cli, "shlex"):
@@ -50,7 +112,8 @@ own_ray() {
    local gpus="$1" port
    shift
    export RAY_PORT="${RAY_PORT:-6379}" RAY_DASHBOARD_PORT="${RAY_DASHBOARD_PORT:-8265}"
-   RAY_AGENT_PORT="${RAY_AGENT_PORT:-52365}" RAY_CLIENT_PORT="${RAY_CLIENT_PORT:-10001}"
+   # Ray's own default for the agent, 52365, is among those that Linux gives to any connection.
+   RAY_AGENT_PORT="${RAY_AGENT_PORT:-8266}" RAY_CLIENT_PORT="${RAY_CLIENT_PORT:-10001}"
    for port in RAY_PORT RAY_DASHBOARD_PORT RAY_AGENT_PORT RAY_CLIENT_PORT; do
       if listening "${!port}"; then
          echo "port ${!port} is taken, perhaps by another Ray: set RAY_ADDRESS to use that one, or ${port} to another port" >&2
@@ -80,12 +143,14 @@ own_ray() {
    exit 1
 }
 
-stop_own_ray() {
+# clean_up: end a Ray of our own and remove what the job was submitted with
+clean_up() {
    if [[ -n ${RAY_PID} ]]; then
       kill -TERM "${RAY_PID}" 2>/dev/null || true
       wait "${RAY_PID}" 2>/dev/null || true
       RAY_PID=
    fi
+   [[ -z ${RUNTIME_ENV_FILE} ]] || rm -f -- "${RUNTIME_ENV_FILE}"
 }
 
 # A stopped job gets SIGTERM and RAY_JOB_STOP_WAIT_TIME_S to end; following its log ends when it has.
@@ -97,23 +162,36 @@ stop_job() {
    exit 143
 }
 
-# submit GPUS ENV_JSON COMMAND...: run the command as a Ray job, follow its log, and end with its status
+# submit GPUS NAME=VALUE... -- COMMAND...: run the command as a Ray job with these variables in its environment, follow
+# its log, and end with its status
 submit() {
-   local gpus="$1" environment="$2" status=0
-   shift 2
+   local gpus="$1" environment status=0
+   local -a variables=()
+   shift
+   while [[ $1 != -- ]]; do
+      variables+=("$1")
+      shift
+   done
+   shift
+   no_proxy="$(no_proxy_with "$(own_hosts)")"
+   export no_proxy NO_PROXY="${no_proxy}"
    if [[ ${DRY_RUN:-0} == 1 ]]; then
+      environment="$(runtime_env json "${variables[@]}")" || return 2
       quoted ray job submit --address "${RAY_ADDRESS:-http://127.0.0.1:${RAY_DASHBOARD_PORT:-8265}}" \
          --runtime-env-json "${environment}" -- "$@"
       return
    fi
-   check_quoting "$@"
+   check_ray "$@" || return 2
    export PYTHONUNBUFFERED=1
-   trap stop_own_ray EXIT
+   trap clean_up EXIT
    trap 'exit 143' INT TERM
+   # A file that nobody else can read: a command line is shown to everyone on the host.
+   [[ -n ${RUNTIME_ENV_FILE} ]] || RUNTIME_ENV_FILE="$(mktemp)"
+   runtime_env yaml "${variables[@]}" >"${RUNTIME_ENV_FILE}" || return 2
    [[ -n ${RAY_ADDRESS:-} ]] || own_ray "${gpus}"
    JOB_ID="fipo-$(date +%Y%m%d-%H%M%S)-$$"
    trap stop_job INT TERM
-   ray job submit --address "${RAY_ADDRESS}" --submission-id "${JOB_ID}" --runtime-env-json "${environment}" -- "$@" &
+   ray job submit --address "${RAY_ADDRESS}" --submission-id "${JOB_ID}" --runtime-env "${RUNTIME_ENV_FILE}" -- "$@" &
    SUBMIT_PID=$!
    wait "${SUBMIT_PID}" || status=$?
    return "${status}"

@@ -9,9 +9,9 @@ SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "${SCRIPT_DIR}/ray_job.sh"
 
 SAVE="$(realpath -m -- "${SAVE:-runs/embedded}")"
-environment="$(env_json "PYTHONPATH=$(realpath -- "${SCRIPT_DIR}/../..")")"
+PYTHONPATH_OF_JOB="PYTHONPATH=$(realpath -- "${SCRIPT_DIR}/../..")"
 
 if [[ ${PROBE:-0} == 1 ]]; then
-   submit 0 "${environment}" python3 "${SCRIPT_DIR}/probe_nodes.py"
+   submit 0 "${PYTHONPATH_OF_JOB}" -- python3 "${SCRIPT_DIR}/probe_nodes.py"
 fi
-submit 0 "${environment}" python3 -m slime_fipo.cli local --save "${SAVE}" "$@"
+submit 0 "${PYTHONPATH_OF_JOB}" -- python3 -m slime_fipo.cli local --save "${SAVE}" "$@"

@@ -21,6 +21,9 @@ fi
 MAX_RESPONSE_LEN="${MAX_RESPONSE_LEN:-20480}"
 OVERLONG_BUFFER_LEN="${OVERLONG_BUFFER_LEN:-4096}"
 
+# A rollout takes ten minutes to half an hour, so fewer of them may be lost than with the smaller models.
+SAVE_INTERVAL="${SAVE_INTERVAL:-10}"
+
 # TP 8: 32.5 B × (6 / 8 + 12 / 128) bytes = 27 GB, logits 22,528 × 152k × 4 × 3 / 8 = 5 GB for a full sequence. That fits
 # one node, so CP would only add traffic. SGLang: 65 GB of weights and 5.9 GB of KV cache per full sequence, four GPUs
 # per engine.

@@ -24,6 +24,9 @@ else
    OVERLONG_BUFFER_LEN="${OVERLONG_BUFFER_LEN:-2048}"
 fi
 
+# A rollout takes ten minutes to half an hour, so fewer of them may be lost than with the smaller models.
+SAVE_INTERVAL="${SAVE_INTERVAL:-10}"
+
 # TP 2: 7.6 B × (6 / 2 + 12 / 8) bytes = 34 GB, logits 12,288 × 152k × 4 × 3 / 2 = 11 GB for a full sequence, so no CP.
 # SGLang: 15 GB of weights, one GPU per engine.
 TP="${TP:-2}"
@@ -44,7 +47,6 @@ source "${SCRIPT_DIR}/common.sh"
 # Qwen2.5-Math-7B declares 4,096 positions. The run uses a copy that declares 32,768: linked weights, a new config.json.
 BASE_CHECKPOINT="${BASE_CHECKPOINT:-${MODEL_ROOT}/Qwen2.5-Math-7B}"
 if [[ ${DRY_RUN:-0} != 1 ]]; then
-   PYTHONPATH="${FIPO_DIR}${PYTHONPATH:+:${PYTHONPATH}}" python3 -m slime_fipo.recipes.extend_context \
-      "${BASE_CHECKPOINT}" "${HF_CHECKPOINT}" --positions 32768
+   python3 "${FIPO_DIR}/slime_fipo/recipes/extend_context.py" "${BASE_CHECKPOINT}" "${HF_CHECKPOINT}" --positions 32768
 fi
 launch "$@"

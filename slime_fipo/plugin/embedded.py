@@ -116,7 +116,7 @@ def _import_loss_function(root: str) -> Callable:
         return importlib.import_module("slime.backends.megatron_utils.loss").loss_function
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--slime-root {root}: slime needs the package {error.name}; pip install 'slime-fipo[slime]'"
+            f"--slime-root {root}: slime needs the package {error.name}; pip install '/path/to/slime-fipo[slime]'"
         ) from error
 
 

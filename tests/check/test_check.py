@@ -398,7 +398,7 @@ BROKEN = {
         error=False,
     ),
     "evaluation hook without accuracy": Broken(
-        f"--custom-eval-rollout-log-function-path {OUR_EVAL_LOG} reads 'acc', which the reward of aime24, aime25",
+        f"--custom-eval-rollout-log-function-path {OUR_EVAL_LOG} reads 'acc', which the reward of aime24",
         OUR_REWARD,
         flag("--rm-type", "deepscaler"),
         (

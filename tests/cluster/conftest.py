@@ -23,7 +23,7 @@ SMALL_RUN = (
 
 @pytest.fixture(scope="session", autouse=True)
 def ray_is_installed():
-    pytest.importorskip("ray.dashboard", reason="needs ray[default]: pip install 'slime-fipo[cluster]'")
+    pytest.importorskip("ray.dashboard", reason="needs ray[default]: pip install '.[cluster]'")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -117,7 +118,7 @@ def test_a_stopped_job_has_its_time_to_end(standing_cluster, short_directory, tm
     """On a cluster that knows nothing of RAY_JOB_STOP_WAIT_TIME_S, where Ray by itself leaves 3 s."""
     (tmp_path / "slow.py").write_text(SLOW_TO_END)
     env = environment(short_directory, tmp_path, RAY_ADDRESS=standing_cluster[0], RAY_AUTH_MODE="disabled")
-    program = 'source "$1"; submit 0 "$(env_json)" python3 "$2" "$3"'
+    program = 'source "$1"; submit 0 -- python3 "$2" "$3"'
     words = [str(EXAMPLES / "ray_job.sh"), str(tmp_path / "slow.py"), str(tmp_path)]
     launch = subprocess.Popen(["bash", "-c", program, "-", *words], env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
@@ -128,6 +129,63 @@ def test_a_stopped_job_has_its_time_to_end(standing_cluster, short_directory, tm
     errors = launch.communicate(timeout=300)[1]
     assert launch.returncode == 143 and "which has 60 s to end" in errors
     assert (tmp_path / "saved").exists(), errors
+
+
+REACHES_ITS_NODE = """
+import http.server, json, os, sys, threading
+from pathlib import Path
+
+import ray
+import requests
+
+@ray.remote(num_cpus=0)
+class Engine:
+    def fetch(self, port):
+        session = requests.Session()
+        statuses = [session.get(f"http://{host}:{port}", timeout=30).status_code
+                    for host in (ray.util.get_node_ip_address(), os.uname().nodename, "localhost", "127.0.0.1")]
+        names = [name for name in os.environ if "proxy" in name.lower() or "TEST" in name]
+        return statuses, {name: os.environ[name] for name in names}
+
+class Here(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), Here)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+ray.init()
+Path(sys.argv[1]).write_text(json.dumps(ray.get(Engine.remote().fetch.remote(server.server_address[1]))))
+"""
+
+
+@pytest.mark.parametrize("cluster", ["own", "given"])
+def test_behind_a_proxy_that_reaches_no_node(cluster, standing_cluster, short_directory, tmp_path):
+    (tmp_path / "job.py").write_text(REACHES_ITS_NODE)
+    dead = f"http://127.0.0.1:{free_ports(1)[0]}"
+    proxies = {
+        name: dead for scheme in ("http", "https", "all") for name in (f"{scheme}_proxy", f"{scheme}_PROXY".upper())
+    }
+    directory = short_directory / "proxy"
+    directory.mkdir(exist_ok=True)
+    given = {"RAY_ADDRESS": standing_cluster[0], "RAY_AUTH_MODE": "disabled"} if cluster == "given" else {}
+    secrets = {"TEST_KEY": 'se"cret', "TEST_B": "é😀"}
+    env = environment(directory, tmp_path, **proxies, **given, **secrets, no_proxy="mine.example", TMPDIR=str(tmp_path))
+    program = 'set -euo pipefail; source "$1"; submit 0 -- python3 "$2" "$3"'
+    words = [str(EXAMPLES / "ray_job.sh"), str(tmp_path / "job.py"), str(tmp_path / "seen.json")]
+    result = subprocess.run(
+        ["bash", "-c", program, "-", *words],
+        env=env | {"PASS_ENV": "TEST_KEY TEST_[AB] *_proxy *_PROXY"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    statuses, seen = json.loads((tmp_path / "seen.json").read_text())
+    assert statuses == [200] * 4
+    assert seen["http_proxy"] == dead and seen["TEST_KEY"] == 'se"cret' and seen["TEST_B"] == "é😀"
+    assert seen["no_proxy"] == seen["NO_PROXY"] and "mine.example" in seen["no_proxy"].split(",")
+    assert "cret" not in result.stdout + result.stderr
+    assert not list(tmp_path.glob("tmp.*"))
 
 
 def test_its_own_ray_ends_with_the_script_and_no_other_does(standing_cluster, short_directory, bystander, tmp_path):

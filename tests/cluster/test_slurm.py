@@ -37,7 +37,9 @@ def slurm(short_directory, bystander):
 
 
 class Job:
-    def __init__(self, rig: SlurmRig, directory: Path, rollouts: int, *options: str, probe: bool = False):
+    def __init__(
+        self, rig: SlurmRig, directory: Path, rollouts: int, *options: str, probe: bool = False, **variables: str
+    ):
         self.rig, self.save, self.directory = rig, directory / "run", directory
         self.id = rig.run(
             *("sbatch", "--parsable", "--nodes=2", "--partition=low", "--gpus-per-node=0", *options),
@@ -46,7 +48,7 @@ class Job:
             *SMALL_RUN.split(),
             *("--num-rollout", str(rollouts)),
             cwd=directory,
-            env={"SAVE": str(self.save), "PROBE": str(int(probe)), "RAY_JOB_STOP_WAIT_TIME_S": "10"},
+            env={"SAVE": str(self.save), "PROBE": str(int(probe)), "RAY_JOB_STOP_WAIT_TIME_S": "10", **variables},
         ).strip()
 
     def log(self) -> str:
@@ -73,8 +75,11 @@ class Job:
         self.wait_for(lambda: not self.rig.processes_of_nodes(), 120, "processes of the job are left")
 
 
-def test_a_run_over_both_nodes(slurm, tmp_path):
-    job = Job(slurm, tmp_path, rollouts=2, probe=True)
+def test_a_run_over_both_nodes_behind_a_proxy(slurm, tmp_path):
+    dead = {
+        name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+    }
+    job = Job(slurm, tmp_path, rollouts=2, probe=True, **dead)
     job.finish()
     assert "2 nodes alive" in job.log()
     probe = json.loads(re.search(r"probe_nodes: (\{.*\})", job.log())[1])

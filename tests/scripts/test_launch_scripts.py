@@ -12,7 +12,7 @@ from slime_fipo.check.command import parse_command
 from slime_fipo.check.preflight import billions_of_parameters
 from slime_fipo.plugin.arguments import translate
 
-from .bash import EXAMPLES, LAUNCH_SCRIPTS, LOSSES, MODELS, ROOT, clean, dry_run, flags, train_arguments
+from .bash import EXAMPLES, LAUNCH_SCRIPTS, LOSSES, MODELS, ROOT, dry_run, flags, machine, train_arguments
 
 NAMES = [script.stem.removeprefix("run-") for script in LAUNCH_SCRIPTS]
 by_script = pytest.mark.parametrize("script", LAUNCH_SCRIPTS, ids=NAMES)
@@ -155,6 +155,37 @@ def test_log_probs_come_from_where_logprobs_says(script):
 
 
 @by_script
+def test_no_vocabulary_is_padded_where_that_can_be(script):
+    """Megatron rounds up to a multiple of its divisor times TP."""
+    for tp in ("1", "8"):
+        found = of(script, TP=tp)
+        divisor = int(found.get("--make-vocab-size-divisible-by", ["128"])[0])
+        assert int(found["--vocab-size"][0]) % (divisor * int(tp)) == 0, tp
+
+
+@pytest.mark.parametrize("script", [EXAMPLES / "run-qwen3-4B.sh", MATH_7B], ids=lambda s: s.stem)
+def test_a_checkpoint_stays_until_the_next_is_complete(script):
+    """What Megatron deletes: the checkpoint before, unless its number (slime's, counted from 0) is such a multiple."""
+    for rollouts, interval in (("300", None), ("300", "1"), ("7", "3")):
+        given = {"NUM_ROLLOUT": rollouts} | ({} if interval is None else {"SAVE_INTERVAL": interval})
+        found = of(script, **given)
+        every, retain = int(found["--save-interval"][0]), int(found["--save-retain-interval"][0])
+        assert (every == int(interval or every) and every >= 10) or interval
+        assert retain % every == 0, "Megatron's parser insists"
+        assert all(number % retain for number in range(1, int(rollouts)))
+    kept = of(script, KEEP_CHECKPOINTS="all")
+    assert "--save-retain-interval" not in kept
+
+
+def test_a_save_interval_that_the_script_does_not_see_is_refused(tmp_path):
+    command = ["bash", str(EXAMPLES / "run-qwen3-4B.sh")]
+    for words in (["--save-interval", "7"], ["--save-interval=7"]):
+        result = subprocess.run([*command, *words], env=machine(tmp_path / words[0]), capture_output=True, text=True)
+        assert result.returncode == 2 and result.stderr.startswith("set SAVE_INTERVAL in place of --save-interval")
+    assert of(EXAMPLES / "run-qwen3-4B.sh", "--save-interval", "7", KEEP_CHECKPOINTS="all")["--save-interval"] == ["7"]
+
+
+@by_script
 def test_qwen35_runs_have_no_rope_fusion(script):
     assert ("--no-rope-fusion" in of(script)) == ("qwen3.5" in script.stem)
 
@@ -171,7 +202,6 @@ def test_variables_and_arguments_reach_the_command_whole(loss):
         "a b",
         LOSS=loss,
         MODEL_ROOT=odd,
-        AIME25="",
         RAY_ADDRESS="http://h:1",
         TP="4",
     )
@@ -182,8 +212,11 @@ def test_variables_and_arguments_reach_the_command_whole(loss):
     assert found["--eval-prompt-data"] == ["aime24", "/root/aime-2024/aime-2024.jsonl"]
     assert found["--tensor-model-parallel-size"] == ["4"]
     assert words[words.index("--address") + 1] == "http://h:1"
-    assert "--eval-interval" not in of(script, AIME24="", AIME25="")
-    assert of(script, WANDB_PROJECT="p")["--wandb-project"] == ["p"]
+    assert "--eval-interval" not in of(script, AIME24="")
+    assert of(script, AIME25="/25.jsonl")["--eval-prompt-data"][2:] == ["aime25", "/25.jsonl"]
+    tracked = of(script, WANDB_PROJECT="p", SAVE="/runs/a")
+    assert tracked["--wandb-project"] == ["p"] and tracked["--wandb-group"] == ["a"]
+    assert "--disable-wandb-random-suffix" in tracked, "a continued run has the name and group of the first"
 
 
 def test_the_runtime_environment_is_json_with_every_checkout():
@@ -199,34 +232,32 @@ def test_the_runtime_environment_is_json_with_every_checkout():
     [
         ({"LOSS": "fipo"}, "LOSS is fipo; it must be fipo_loss or policy_loss"),
         ({"LOGPROBS": "sglang"}, "LOGPROBS is sglang; it must be rollout or train"),
-        ({"NUM_NODES": "2"}, "this run takes 2 nodes: set RAY_ADDRESS"),
+        ({"KEEP_CHECKPOINTS": "2"}, "KEEP_CHECKPOINTS is 2; it must be newest or all"),
+        ({"NUM_NODES": "2", "RAY_ADDRESS": ""}, "this run takes 2 nodes: set RAY_ADDRESS"),
     ],
 )
-def test_mistakes_end_before_anything_starts(variables, message):
+def test_mistakes_end_before_anything_starts(variables, message, tmp_path):
     result = subprocess.run(
-        ["bash", str(EXAMPLES / "run-qwen3-4B.sh")], env=clean(**variables), capture_output=True, text=True
+        ["bash", str(EXAMPLES / "run-qwen3-4B.sh")],
+        env=machine(tmp_path, **variables),
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 2 and message in result.stderr and result.stdout == ""
 
 
 def test_a_failing_check_keeps_the_job_from_being_submitted(tmp_path):
-    env = clean(MODEL_ROOT=str(tmp_path), RAY_ADDRESS="http://127.0.0.1:1")
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    env = machine(tmp_path)
     result = subprocess.run(["bash", str(EXAMPLES / "run-qwen3-4B.sh")], env=env, capture_output=True, text=True)
     assert result.returncode == 1
-    assert f"--hf-checkpoint {tmp_path}/Qwen3-4B-Base has no readable config.json" in result.stdout
+    assert f"--hf-checkpoint {tmp_path}/models/Qwen3-4B-Base has no readable config.json" in result.stdout
     assert "ray" not in result.stderr
 
 
 def test_math_7b_extends_the_context_before_it_checks(tmp_path):
-    base = tmp_path / "Qwen2.5-Math-7B"
-    base.mkdir()
-    (base / "config.json").write_text('{"max_position_embeddings": 4096}')
-    env = clean(MODEL_ROOT=str(tmp_path), RAY_ADDRESS="http://127.0.0.1:1")
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    result = subprocess.run(["bash", str(MATH_7B)], env=env, capture_output=True, text=True)
+    result = subprocess.run(["bash", str(MATH_7B)], env=machine(tmp_path), capture_output=True, text=True)
     assert result.returncode == 1, "data and weights are missing"
-    extended = json.loads((tmp_path / "Qwen2.5-Math-7B-32k" / "config.json").read_text())
+    extended = json.loads((tmp_path / "models" / "Qwen2.5-Math-7B-32k" / "config.json").read_text())
     assert extended == {"max_position_embeddings": 32768}
     assert of(MATH_7B)["--max-position-embeddings"] == ["32768"]
     assert "positions; shorten" not in result.stdout

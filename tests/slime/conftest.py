@@ -34,7 +34,7 @@ def slime_clone(slime_root) -> Path:
         pytest.fail(f"SLIME_ROOT={slime_root} is no git clone of slime; {ENABLE}")
     for package in ("ray", "transformers", "httpx"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed; pip install 'slime-fipo[slime]', or make test-slime")
+            pytest.skip(f"{package} is not installed; pip install '.[slime]', or make test-slime")
     return slime_root
 
 
