@@ -253,14 +253,14 @@ def test_the_compiler_leaves_it_alone():
         weights = fipo_weights(log_probs * 1, old, advantages, mask, lengths.split, FipoConfig()).weights
         return (log_probs * weights + shift).sum()
 
-    class Lengths:  # not in the arguments, whose values the compiler guards
+    class Lengths:  # the compiler guards on how many there are, so their number stays
         split = None
 
     torch._dynamo.reset()
     backend = CompileCounter()
     compiled = torch.compile(step, backend=backend)
     lengths = Lengths()
-    for split in ([40, 24], [24, 40], [1, 62, 1], [64], [0, 64, 0]):
+    for split in ([40, 24, 0], [24, 40, 0], [1, 62, 1], [0, 0, 64], [0, 64, 0]):
         lengths.split = split
         batch = make_batch(3, [64])
         torch.testing.assert_close(compiled(*batch, lengths), step(*batch, lengths))
