@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.listing import paper_listing
 from slime_fipo import FipoConfig, fipo_weights, future_kl
-from slime_fipo.algorithm.packed import last_tokens
+from slime_fipo.algorithm import kernel_check
 
 DECAY_RATE = 32.0
 # What slime logs without --fipo-log-detail.
@@ -100,7 +99,7 @@ def make_batch(lengths, device, seed):
 
 
 def functional_recurrence(x, distance, log2_decay):
-    """``solve_recurrence`` without its strided ``out=``, which torch.compile does not take."""
+    """Future-KL by odd-even reduction over the whole batch, in operations that torch.compile takes."""
     n = x.shape[0]
     if n == 1:
         return x
@@ -123,7 +122,7 @@ def future_kl_calls(lengths, batches) -> dict:
     device = batches[0][0].device
     longest, decay = max(lengths), -1.0 / DECAY_RATE
     offsets = torch.tensor([0, *np.cumsum(lengths)], device=device)
-    ends = last_tokens(torch.tensor(lengths)).to(device)
+    ends = offsets[1:] - 1
     shifts = [log_probs - old for log_probs, old, _, _ in batches]
     compiled_scan = torch.compile(functional_recurrence, dynamic=False)
 
@@ -148,15 +147,10 @@ def future_kl_calls(lengths, batches) -> dict:
 def weights_calls(lengths, batches) -> dict:
     """Name -> one call per batch, each of the batch's weights and the metrics that slime logs."""
 
-    def call(function, impl, batch):
-        return lambda: function(*batch, lengths, FipoConfig(decay_rate=DECAY_RATE, impl=impl), metrics=METRICS)
+    def call(impl, batch):
+        return lambda: fipo_weights(*batch, lengths, FipoConfig(decay_rate=DECAY_RATE, impl=impl), metrics=METRICS)
 
-    ways = {
-        "scan": (fipo_weights, "scan"),
-        "scan, compiled": (torch.compile(fipo_weights, dynamic=False), "scan"),
-        "kernel": (fipo_weights, "triton"),
-    }
-    return {name: [call(*way, batch) for batch in batches] for name, way in ways.items()}
+    return {name: [call(impl, batch) for batch in batches] for name, impl in (("scan", "scan"), ("kernel", "triton"))}
 
 
 def measure_shape(table, shape, lengths, bandwidth, device) -> list[str]:
@@ -200,13 +194,19 @@ def measure_shape(table, shape, lengths, bandwidth, device) -> list[str]:
 
 
 def measure_synchronisation(device) -> list[str]:
-    """Sync-debug mode raises where a call waits for the device; everything has been compiled by now."""
+    """Sync-debug mode raises where a call waits for the device, once the kernel is compiled and checked."""
     lengths = [2048, 1, 0, 3000]
     batch = make_batch(lengths, device, 0)
+
+    def call(impl):
+        for decay_over in ("positions", "trained_tokens"):
+            fipo_weights(*batch, lengths, FipoConfig(decay_over=decay_over, impl=impl), metrics=METRICS)
+
+    call("triton")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for decay_over in ("positions", "trained_tokens"):
-            fipo_weights(*batch, lengths, FipoConfig(decay_over=decay_over, impl="triton"), metrics=METRICS)
+        call("triton")
+        call("scan")
     except RuntimeError as error:
         return [f"a call waits for the device: {error}"]
     finally:
@@ -321,13 +321,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to measure (make bench measures on a CPU)", file=sys.stderr)
         return 2
-    from slime_fipo.algorithm.future_kl import triton_kernel
-
-    if triton_kernel() is None or triton_kernel().INTERPRETED:
-        print("no compiled kernel: install Triton, and unset TRITON_INTERPRET", file=sys.stderr)
-        return 2
-    warnings.simplefilter("ignore")  # what torch.compile has to say about fipo_weights
     device = torch.device("cuda", torch.cuda.current_device())
+    future_kl(torch.ones(2000, device=device), [2000], DECAY_RATE, impl="triton")
+    if kernel_check.refused_devices or kernel_check.load_kernel().INTERPRETED:
+        print("no compiled kernel: see the warning above, and unset TRITON_INTERPRET", file=sys.stderr)
+        return 2
     console = Console(width=max(120, Console().width))
     bandwidth = copy_bandwidth(device)
     name = torch.cuda.get_device_name(device)
@@ -341,6 +339,7 @@ def main() -> int:
         missed += measure_shape(table, shape, lengths, bandwidth, device)
     console.print(table)
     missed += measure_synchronisation(device)
+    missed += [f"the scan took the kernel's place on {refused}" for refused in kernel_check.refused_devices]
     missed += slime_table(console, device)
     for what in missed:
         print(f"missed: {what}", file=sys.stderr)

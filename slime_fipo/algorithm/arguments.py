@@ -131,6 +131,7 @@ def fipo_config_from_args(args: argparse.Namespace) -> FipoConfig:
             value = None
         given[field] = (not value) if flag == "--fipo-unclipped" else value
 
+    typed = set(given)  # a preset's settings give way; only what the user gave can contradict
     both = getattr(args, "fipo_clip_ratio", None)
     if both is not None:
         for side in ("clip_ratio_low", "clip_ratio_high"):
@@ -144,6 +145,8 @@ def fipo_config_from_args(args: argparse.Namespace) -> FipoConfig:
                 " --fipo-unclipped, or --fipo-clip-ratio-low 0 --fipo-clip-ratio-high 0 for weights of 1"
             )
         given["clip_ratio_low"] = given["clip_ratio_high"] = both
+    elif "clip_ratio_low" in given:
+        given.setdefault("clip_high_only", False)  # a lower bound that was given wins over a preset's high-only
 
     preset = getattr(args, "fipo_preset", None)
     try:
@@ -151,11 +154,20 @@ def fipo_config_from_args(args: argparse.Namespace) -> FipoConfig:
     except ValueError as error:
         raise ValueError(_name_flags(str(error), both is not None)) from None
 
+    def refuse_idle(why: str, *idle: str) -> None:
+        for field in idle:
+            if field in typed and given[field] is not None and given[field] is not False:
+                raise ValueError(f"{why}, so {_flag_of(field)} would do nothing; drop one of the two")
+
     if not config.clip_influence:
-        # Only flags that the user typed can contradict; a preset's clip range simply gives way to the unclipped mode.
-        idle = [_flag_of(f) for f in ("clip_ratio_low", "clip_ratio_high", "clip_high_only") if given.get(f)]
-        if idle:
-            raise ValueError(f"--fipo-unclipped bounds the weights to [0, 10] and {idle[0]} would do nothing; drop one")
+        why = "--fipo-unclipped bounds the weights to [0, 10]"
+        if both is not None:
+            raise ValueError(f"{why}, so --fipo-clip-ratio would do nothing; drop one of the two")
+        refuse_idle(why, "clip_ratio_low", "clip_ratio_high", "clip_high_only")
+    if config.clip_high_only:
+        refuse_idle("--fipo-clip-high-only bounds the weights to at least 1", "clip_ratio_low")
+    if config.dual_clip_c is None:
+        refuse_idle("--fipo-dual-clip-c none turns the sequence filter off", "max_dual_clipped_tokens")
     eps_clip_high = getattr(args, "eps_clip_high", None)
     if eps_clip_high is None:
         eps_clip_high = getattr(args, "eps_clip", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 DECAY_OVER = ("positions", "trained_tokens")
@@ -16,6 +17,47 @@ IMPLEMENTATIONS = ("auto", "chunked", "scan", "triton")
 # Bounds of the authors' unclipped mode, and of the safety cap on negative samples (their released loss function).
 UNCLIPPED_BOUNDS = (0.0, 10.0)
 SAFETY_BOUNDS = (0.8, 1.0)
+
+LARGEST = 1e38  # numbers that meet tensors stay finite in float32, also with 1 added
+LARGEST_INTEGER = 2**31 - 1
+
+
+def refuse(name: str, value, wanted: str) -> None:
+    """Raise a ValueError of one line: what ``name`` is, and what it must be."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        shown = f"an integer of {value.bit_length()} bits"
+    shown = shown if len(shown) <= 80 else f"{shown[:40]}…"
+    raise ValueError(f"{name} is {shown}; it must be {wanted}")
+
+
+def check_number(name: str, value, in_range: Callable[[float], bool], wanted: str) -> None:
+    """Require a real number, finite as a float, in a range; bool and text are none.
+
+    Raises:
+        ValueError: as :func:`refuse` words it.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        good = is_number and math.isfinite(value) and in_range(value)
+    except OverflowError:  # an integer beyond float
+        good = False
+    if not good:
+        refuse(name, value, wanted)
+
+
+def check_integer(name: str, value, minimum: int, also: str = "") -> None:
+    """Require an integer of at least ``minimum`` that int32 holds; bool is none. ``also``: what else the field takes.
+
+    Raises:
+        ValueError: as :func:`refuse` words it.
+    """
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < minimum:
+        refuse(name, value, f"an integer of at least {minimum}{also}")
+    if value > LARGEST_INTEGER:
+        refuse(name, value, f"an integer of at most {LARGEST_INTEGER}{also}")
 
 
 @dataclass(frozen=True)
@@ -35,8 +77,9 @@ class FipoConfig:
             is dropped. None turns this sequence filter off alone.
         decay_over: what counts as distance: ``positions`` (the paper: masked tool tokens included) or
             ``trained_tokens`` (unmasked tokens only, so a long tool result does not erase influence across it).
-        impl: how Future-KL is computed: ``chunked`` (the paper's matrix form), ``scan`` (linear time), ``triton`` (one
-            fused GPU kernel, in float32), or ``auto`` (``triton`` for what is on a GPU, else ``scan``).
+        impl: how Future-KL is computed: ``chunked`` (the paper's matrix form), ``scan`` (linear time), ``triton`` (a
+            fused GPU kernel, in float32, checked against ``scan`` before its first use: ``kernel_check.py``), or
+            ``auto``, which is ``scan``.
         chunk_size: columns per matrix product of ``chunked``; the result does not depend on it.
 
     Raises:
@@ -56,38 +99,25 @@ class FipoConfig:
     chunk_size: int = 128
 
     def __post_init__(self) -> None:
-        self._require_number("decay_rate", lambda x: x > 0, "a finite number above 0 (half-life in tokens)")
-        self._require_number("clip_ratio_low", lambda x: 0 <= x < 1, "a number in [0, 1)")
-        self._require_number("clip_ratio_high", lambda x: x >= 0, "a finite number of at least 0")
-        self._require_number("safety_thresh", lambda x: x > 0, "a finite number above 0, or None", optional=True)
-        self._require_number("dual_clip_c", lambda x: x > 1, "a finite number above 1, or None", optional=True)
-        self._require_integer("max_dual_clipped_tokens", 0, optional=True)
-        self._require_integer("chunk_size", 1)
+        check_number("decay_rate", self.decay_rate, lambda x: x > 0, "a finite number above 0 (half-life in tokens)")
+        check_number("clip_ratio_low", self.clip_ratio_low, lambda x: 0 <= x < 1, "a number in [0, 1)")
+        check_number(
+            "clip_ratio_high", self.clip_ratio_high, lambda x: 0 <= x <= LARGEST, f"a finite number in [0, {LARGEST:g}]"
+        )
+        if self.safety_thresh is not None:
+            check_number("safety_thresh", self.safety_thresh, lambda x: x > 0, "a finite number above 0, or None")
+        if self.dual_clip_c is not None:
+            wanted = f"a finite number above 1 and at most {LARGEST:g}, or None"
+            check_number("dual_clip_c", self.dual_clip_c, lambda x: 1 < x <= LARGEST, wanted)
+        if self.max_dual_clipped_tokens is not None:
+            check_integer("max_dual_clipped_tokens", self.max_dual_clipped_tokens, 0, ", or None")
+        check_integer("chunk_size", self.chunk_size, 1)
         for name in ("clip_high_only", "clip_influence"):
             if not isinstance(getattr(self, name), bool):
-                self._refuse(name, "True or False")
+                refuse(name, getattr(self, name), "True or False")
         for name, choices in (("decay_over", DECAY_OVER), ("impl", IMPLEMENTATIONS)):
             if getattr(self, name) not in choices:
-                self._refuse(name, "one of " + ", ".join(repr(c) for c in choices))
-
-    def _refuse(self, name: str, wanted: str) -> None:
-        raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
-
-    def _require_number(self, name, in_range, wanted, optional=False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not in_range(value):
-            self._refuse(name, wanted)
-
-    def _require_integer(self, name, minimum, optional=False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
-            return
-        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not is_integer or value < minimum:
-            self._refuse(name, f"an integer of at least {minimum}" + (", or None" if optional else ""))
+                refuse(name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))
 
     @property
     def influence_bounds(self) -> tuple[float, float]:

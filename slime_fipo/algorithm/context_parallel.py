@@ -4,11 +4,14 @@ The layout is the zigzag one of Megatron and slime: of n ranks, rank r holds chu
 sequence, end to end; either may hold no response token. What a chunk contributes to everything before it is one
 number, its Future-KL at its first token, so the ranks exchange two sums per response and the count that the sequence
 filter needs, whatever the length. Nothing here knows how a host cuts its sequences; it passes the chunks' lengths.
+
+No rank is left waiting: a rank that refuses its arguments takes part in the collective first, says so there, and every
+rank raises. A batch without responses needs no collective, on any rank.
 """
 
 from __future__ import annotations
 
-import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .packed import check_tokens, per_response_sum, per_token, to_device
-from .scan import log2_decay_of, solve_recurrence
+from .packed import check_lengths, check_tokens, per_response_sum, per_token, to_device
+from .scan import log_decay_of
+
+REFUSED = -1.0  # sent in place of the fingerprint by a rank that cannot compute its part
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class ContextParallel:
     """How the responses of a micro-batch are spread over a context-parallel group of n ranks.
 
     Args:
-        group: the process group; every one of its ranks must make the same calls.
+        group: the process group; every one of its ranks must make the same calls, with the same number of responses.
         chunk_lengths: [B][2n] response tokens in each chunk of each sequence, in sequence order, the same on all ranks.
         response_loss_mask: the loss mask of whole responses [sum of chunk_lengths], packed; read only with
             ``decay_over="trained_tokens"``, which needs to know how many trained tokens other ranks hold.
@@ -39,15 +44,18 @@ class ContextParallel:
         """``chunk_lengths`` as an int64 CPU tensor [B, 2n], once it agrees with this rank's ``lengths`` [B].
 
         Raises:
-            ValueError: shape, sums or a missing ``response_loss_mask``.
+            ValueError: shape, values, sums or a missing ``response_loss_mask``.
         """
-        chunks = torch.as_tensor(self.chunk_lengths, dtype=torch.int64, device="cpu").reshape(lengths.numel(), -1)
         wanted = (lengths.numel(), 2 * self.group.size())
-        if lengths.numel() and tuple(chunks.shape) != wanted:
+        try:
+            chunks = torch.as_tensor(self.chunk_lengths, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"cp.chunk_lengths must be integers, {wanted}: [B][2 · group size]; {error}") from error
+        if tuple(chunks.shape) != wanted and not (chunks.shape[:1] == (0,) == wanted[:1]):
             raise ValueError(
                 f"cp.chunk_lengths has shape {tuple(chunks.shape)}; it must be {wanted}: [B][2 · group size]"
             )
-        chunks = chunks.reshape(wanted)
+        chunks = check_lengths(chunks.flatten(), name="cp.chunk_lengths").view(wanted)
         if not torch.equal(self._own(chunks).sum(1), lengths):
             raise ValueError(
                 f"lengths must be this rank's tokens per response, chunks {self._own_chunks()} of cp.chunk_lengths:"
@@ -100,7 +108,7 @@ class ContextParallel:
         until = counted.cumsum(0, dtype=torch.int32)
         at_end = torch.cat([until, until.new_zeros(1)])[to_device(ends - 1, local.device)]
         remaining = per_token(at_end, segments) - until + counted
-        decay = torch.exp2(remaining.to(local.dtype) * log2_decay_of(decay_rate))
+        decay = torch.exp(remaining.to(local.dtype) * log_decay_of(decay_rate))
         return torch.addcmul(local, decay, per_token(behind, segments)), all_counts
 
     def exchange(
@@ -116,21 +124,58 @@ class ContextParallel:
         Returns:
             Future-KL at the first token behind each of this rank's chunks [2B], and the counts' sums over the group
             [B], both in the dtype of ``heads``.
+
+        Raises:
+            RuntimeError: another rank refused its arguments, or has other chunk lengths or settings; on a GPU when the
+                host next waits for it, so that this call does not.
         """
-        packet = torch.cat([heads.view(-1, 2), counts.to(heads.dtype)[:, None]], dim=1)
-        gathered = packet.new_empty(self.group.size() * packet.shape[0], 3)
-        dist.all_gather_into_tensor(gathered, packet, group=self.group)
-        early, late, all_counts = gathered.view(self.group.size(), -1, 3).unbind(2)
+        if not chunks.numel():
+            return heads, counts.to(heads.dtype)
+        settings = repr((chunks.tolist(), float(decay_rate), trained_tokens))
+        fingerprint = float(zlib.crc32(settings.encode()))
+        packet = torch.cat([heads.view(-1, 2), counts.to(heads.dtype)[:, None]], dim=1).double()
+        gathered = self._all_gather(torch.cat([packet, packet.new_full((1, 3), fingerprint)]))
+        torch._assert_async(
+            (gathered[:, -1] == fingerprint).all(),
+            "a rank of cp.group refused its part of this micro-batch (its own error says why),"
+            " or has other cp.chunk_lengths, decay_rate or decay_over",
+        )
+        early, late, all_counts = gathered[:, :-1].to(heads.dtype).unbind(2)
 
         # The chunks' heads obey the tokens' own recurrence, with a chunk's length as its distance.
-        head = torch.cat([early, late.flip(0)]).t().reshape(-1)  # [B · 2n] in sequence order
+        head = torch.cat([early, late.flip(0)])  # [2n, B] in sequence order
         if trained_tokens:
             distance = per_response_sum(self.response_loss_mask != 0, chunks.flatten()).to(head.dtype)
         else:
             distance = to_device(chunks.flatten(), head.device).to(head.dtype)
-        distance = distance.view(-1, chunks.shape[1])
-        distance[:, -1] = math.inf
-        if head.numel():
-            head = solve_recurrence(head, distance.flatten(), log2_decay_of(decay_rate))
-        behind = torch.cat([head.view(-1, chunks.shape[1])[:, 1:], head.new_zeros(chunks.shape[0], 1)], dim=1)
-        return self._own(behind).flatten(), all_counts.sum(0)
+        decay = torch.exp(distance.view(-1, len(head)).t() * log_decay_of(decay_rate))
+        behind = torch.zeros_like(head)
+        for chunk in range(len(head) - 2, -1, -1):
+            behind[chunk] = torch.addcmul(head[chunk + 1], decay[chunk + 1], behind[chunk + 1])
+        return self._own(behind.t()).flatten(), all_counts.sum(0)
+
+    def refuse(self, *tokens) -> None:
+        """Take part in :meth:`exchange` without a part, so that it raises on the other ranks: none waits for this one.
+
+        Args:
+            tokens: this rank's tensors, as far as they are some: the packet goes where they are.
+        """
+        responses = len(self.chunk_lengths) if hasattr(self.chunk_lengths, "__len__") else 0
+        device = next((t.device for t in (*tokens, self.response_loss_mask) if isinstance(t, Tensor)), None)
+        if responses:
+            self._all_gather(torch.full((responses + 1, 3), REFUSED, dtype=torch.float64, device=device))
+
+    def alone(self) -> ContextParallel:
+        """This layout with an :meth:`exchange` that calls no collective: every rank's part is this one's."""
+        return _Alone(**vars(self))
+
+    def _all_gather(self, packet: Tensor) -> Tensor:
+        """Every rank's packet [B + 1, 3], as [n, B + 1, 3]; in float64, whatever each rank computes in."""
+        gathered = packet.new_empty(self.group.size() * packet.shape[0], packet.shape[1])
+        dist.all_gather_into_tensor(gathered, packet, group=self.group)
+        return gathered.view(self.group.size(), *packet.shape)
+
+
+class _Alone(ContextParallel):
+    def _all_gather(self, packet: Tensor) -> Tensor:
+        return packet.expand(self.group.size(), *packet.shape)

@@ -6,24 +6,25 @@
   The readable reference.
 - ``scan_future_kl`` (``scan.py``): the recurrence F_t = x_t + γ F_{t+1} by pairwise reduction. O(tokens).
 - ``kernel_future_kl`` (``kernel.py``): the recurrence in Triton, blocks of each response in parallel. O(tokens).
+  Used once ``kernel_check.py`` has seen it agree with the scan.
+
+What else is in the batch makes no difference to a response: bit for bit in the scan, whatever the values, lengths and
+places; up to rounding in the other two, which cut their sums by the longest response and by the batch's blocks.
 """
 
 from __future__ import annotations
-
-import functools
-import math
-import numbers
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .config import IMPLEMENTATIONS
+from .config import IMPLEMENTATIONS, check_integer, check_number, refuse
+from .kernel_check import kernel_agrees, load_kernel, moved
 from .packed import check_lengths, check_tokens
 from .scan import log2_decay_of, scan_future_kl
 
 
+@torch._disable_dynamo  # as fipo_weights
 @torch.no_grad()
 def future_kl(
     shift: Tensor,
@@ -44,8 +45,8 @@ def future_kl(
         lengths: response lengths, B integers ≥ 0 that add up to T.
         decay_rate: τ > 0, the half-life in tokens.
         decay_mask: [T], non-zero where a token counts as distance; all tokens do by default.
-        impl: ``"chunked"``, ``"scan"``, ``"triton"``, or ``"auto"``: ``"triton"`` for CUDA tensors where Triton is
-            installed (not for float64), else ``"scan"``.
+        impl: ``"chunked"``, ``"scan"``, ``"triton"`` (where it cannot run or disagrees with the scan, one warning is
+            logged and the scan computes), or ``"auto"``, which is ``"scan"``.
         chunk_size: columns per matrix product of ``"chunked"``; the result does not depend on it.
 
     Returns:
@@ -58,15 +59,21 @@ def future_kl(
     counts = check_lengths(lengths, ("shift", shift))
     if decay_mask is not None:
         check_tokens("decay_mask", decay_mask, ("shift", shift), floating=False)
-    if isinstance(decay_rate, bool) or not isinstance(decay_rate, numbers.Real) or not 0 < decay_rate < math.inf:
-        raise ValueError(f"decay_rate is {decay_rate!r}; it must be a finite number above 0 (half-life in tokens)")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1")
+    check_number("decay_rate", decay_rate, lambda x: x > 0, "a finite number above 0 (half-life in tokens)")
+    check_integer("chunk_size", chunk_size, 1)
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-    impl = resolve_impl(impl, "shift", shift.device, shift.dtype)
-    if impl == "triton":
-        return triton_kernel().kernel_future_kl(shift, counts, decay_rate, decay_mask)
+        refuse("impl", impl, f"one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    shift = shift.detach()
+    if impl == "triton" and shift.numel():
+
+        def probe():
+            x = moved(shift.clamp(-1, 1))
+            ours = load_kernel().kernel_future_kl(x, counts, decay_rate, decay_mask)
+            return {"Future-KL": (ours, future_kl(x, counts, decay_rate, decay_mask=decay_mask))}
+
+        kind = ("future_kl", shift.dtype, decay_mask is not None and decay_mask.dtype)
+        if kernel_agrees(shift.device, kind, probe):
+            return load_kernel().kernel_future_kl(shift, counts, decay_rate, decay_mask)
     shift = shift.to(compute_dtype(shift))
     shift = torch.where(shift.isfinite(), shift, 0)
     return compute_future_kl(shift, counts, decay_rate, decay_mask, impl, chunk_size)
@@ -77,38 +84,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-@functools.cache
-def triton_kernel() -> ModuleType | None:
-    """``kernel.py``, imported when first wanted, so that the package works and loads fast without Triton."""
-    try:
-        from . import kernel
-    except ImportError:
-        return None
-    return kernel
-
-
-def resolve_impl(impl: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """``chunked``, ``scan`` or ``triton``: what ``impl`` means for tokens called ``name``, to be computed in ``dtype``.
-
-    Raises:
-        ValueError: ``triton`` was asked for where it cannot run.
-    """
-    if impl == "auto":
-        use_kernel = device.type == "cuda" and dtype != torch.float64 and triton_kernel() is not None
-        return "triton" if use_kernel else "scan"
-    if impl == "triton":
-        if triton_kernel() is None:
-            raise ValueError("impl is 'triton', but Triton is not installed: pip install triton, or choose 'auto'")
-        if device.type != "cuda" and not triton_kernel().INTERPRETED:
-            raise ValueError(
-                f"impl is 'triton', but {name} is on {device}: move it to a GPU, choose 'auto',"
-                " or set TRITON_INTERPRET=1 before Python starts"
-            )
-    return impl
-
-
 def compute_future_kl(shift: Tensor, lengths: Tensor, decay_rate, decay_mask, impl: str, chunk_size: int) -> Tensor:
-    """``chunked`` or ``scan`` of a finite shift [T] in its compute dtype; ``lengths`` is an int64 CPU tensor."""
+    """``chunked``, or else the scan, of a finite shift [T] in its compute dtype; ``lengths`` is an int64 CPU tensor."""
     if shift.numel() == 0:
         return torch.zeros_like(shift)
     if impl == "chunked":
@@ -120,10 +97,10 @@ def chunked_future_kl(shift: Tensor, lengths: Tensor, decay_rate, decay_mask, ch
     """The paper's chunked matrix form (Listing 1, App. C): one decay block and one matrix product per chunk of columns.
 
     Unlike the listing it takes the decay as exp2(−distance/τ), not as float32 powers of γ, which lose accuracy at
-    large τ and L.
+    large τ and L, and multiplies in float64, which neither autocast nor reduced-precision matrix products touch.
     """
     sizes = lengths.tolist()
-    x = pad_sequence(shift.split(sizes), batch_first=True)  # [B, L]
+    x = pad_sequence(shift.double().split(sizes), batch_first=True)  # [B, L]
     length = x.shape[1]
     row = torch.arange(length, device=x.device)
     if decay_mask is None:
@@ -139,4 +116,4 @@ def chunked_future_kl(shift: Tensor, lengths: Tensor, decay_rate, decay_mask, ch
         decay = torch.exp2(distance * log2_decay_of(decay_rate))
         decay = torch.where(row[start:stop] >= row[:stop, None], decay, 0)  # the future only: k ≥ t
         future[:, :stop] += (decay @ x[:, start:stop, None]).squeeze(-1)
-    return torch.cat([future[i, :n] for i, n in enumerate(sizes)])
+    return torch.cat([future[i, :n] for i, n in enumerate(sizes)]).to(shift.dtype)

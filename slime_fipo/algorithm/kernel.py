@@ -17,7 +17,7 @@ Bytes per token with float32 log-probs and advantages, an int32 mask and m metri
 must move in any case: 80 against 68 with all metrics (m = 11), 36 against 24 with none. What launch 1 leaves is 4 or 8
 bytes per block.
 
-The only module that imports Triton; ``future_kl.py`` imports it when the kernel is wanted.
+The only module that imports Triton; ``kernel_check.py`` imports it when the kernel is wanted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import SAFETY_BOUNDS, FipoConfig
+from .config import LARGEST_INTEGER, SAFETY_BOUNDS, FipoConfig
 from .context_parallel import ContextParallel
 from .packed import to_device
 from .scan import log2_decay_of
@@ -38,7 +38,6 @@ from .scan import log2_decay_of
 BLOCK = 1024  # tokens per program
 TILE = 128  # block sums per step of the sum over later blocks
 NUM_WARPS = 4
-INT32_MAX = 2**31 - 1
 
 _LOG_2 = tl.constexpr(math.log(2))
 _LOG_3 = tl.constexpr(math.log(3))
@@ -146,9 +145,15 @@ def _sum_later_blocks(
 
 
 @triton.jit
+def _decayed(decay, future):
+    """2^decay · future; 0 where nothing carries over, whatever stands there: infinity times 0 would be NaN."""
+    return tl.where(decay == float("-inf"), 0.0, tl.exp2(decay) * future)
+
+
+@triton.jit
 def _join(later_decay, later_future, decay, future):
     """Two adjacent spans as one; a span is log2 of the decay across it and the Future-KL at its first token."""
-    return decay + later_decay, future + tl.exp2(decay) * later_future
+    return decay + later_decay, future + _decayed(decay, later_future)
 
 
 @triton.jit(do_not_specialize=["tokens", "segments"])
@@ -288,7 +293,7 @@ def _weigh(
         later += tl.where(end > start + BLOCK, tl.exp2(distance * log2_decay) * tl.load(behind + last), 0.0)
     decay = tl.where(ends, float("-inf"), decay)
     decay, future = tl.associative_scan((decay, x), 0, _join, reverse=True)
-    future += tl.exp2(decay) * later
+    future += _decayed(decay, later)
     _store(future_kl, offset, future, inside, whole)
 
     if weights is not None:
@@ -328,15 +333,14 @@ INTERPRETED = not isinstance(_weigh, triton.JITFunction)  # TRITON_INTERPRET=1 s
 
 
 def kernel_future_kl(shift: Tensor, lengths: Tensor, decay_rate: float, decay_mask: Tensor | None) -> Tensor:
-    """F [T] in float32 of a shift [T]; ``lengths`` is an int64 CPU tensor [B]. Non-finite entries count as 0."""
+    """F [T] in float32 of a shift [T], T ≥ 1; ``lengths`` is an int64 CPU tensor [B]. Non-finite entries count as 0."""
     future = shift.new_empty(shift.shape, dtype=torch.float32)
-    if shift.numel():
-        with torch.cuda.device_of(shift):
-            grid, batch, size = _cut(
-                shift, None, decay_mask, lengths, decay_rate, decay_mask is not None, max_shift=math.inf, log_c=math.inf
-            )
-            _sum_blocks[grid](**batch, **size)
-            _weigh[grid](**batch, **size, TILE=TILE, future_kl=future)
+    with torch.cuda.device_of(shift):
+        grid, batch, size = _cut(
+            shift, None, decay_mask, lengths, decay_rate, decay_mask is not None, max_shift=math.inf, log_c=math.inf
+        )
+        _sum_blocks[grid](**batch, **size)
+        _weigh[grid](**batch, **size, TILE=TILE, future_kl=future)
     return future
 
 
@@ -352,14 +356,14 @@ def kernel_weights(
     metrics: Collection[str],
     max_shift: float,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Weights [T], Future-KL [T], keep [B] and the metrics: ``fipo_weights`` on arguments that it has checked.
+    """Weights [T], Future-KL [T], keep [B] and the metrics: ``fipo_weights`` on arguments that it has checked, T ≥ 1.
 
     ``lengths`` is an int64 CPU tensor [B], ``chunks`` what ``cp.check`` returned. All floats returned are float32.
     """
     tokens = log_probs.numel()
     over_trained = config.decay_over == "trained_tokens"
     c, safety, limit = config.dual_clip_c, config.safety_thresh, config.max_dual_clipped_tokens
-    limit = INT32_MAX if limit is None else min(int(limit), INT32_MAX)
+    limit = LARGEST_INTEGER if limit is None else int(limit)
     low, high = map(float, config.influence_bounds)
     segments = lengths if cp is None else cp.segments(chunks)
 
@@ -376,13 +380,11 @@ def kernel_weights(
         )
         advantages = advantages.contiguous()
         counts = batch["sums"].new_zeros(segments.numel(), dtype=torch.int32)
-        if tokens:
-            _sum_blocks[grid](**batch, **size, advantages=advantages, dual_clipped=counts)
+        _sum_blocks[grid](**batch, **size, advantages=advantages, dual_clipped=counts)
         behind, dual_clipped = None, counts
         if cp is not None:
             heads = batch["sums"].new_zeros(segments.numel())
-            if tokens:
-                _sum_heads[(segments.numel(),)](**batch, TILE=TILE, heads=heads)
+            _sum_heads[(segments.numel(),)](**batch, TILE=TILE, heads=heads)
             behind, dual_clipped = cp.exchange(
                 heads, counts.view(-1, 2).sum(1), chunks, config.decay_rate, over_trained
             )
@@ -393,25 +395,29 @@ def kernel_weights(
         own_rows = [name for name in metrics if name != "future_kl"]
         rows = weights.new_empty(len(own_rows), triton.cdiv(tokens, 32) * 32)[:, :tokens].unbind()
         values = dict(zip(own_rows, rows, strict=True))
-        if tokens:
-            _weigh[grid](
-                **batch,
-                **size,
-                TILE=TILE,
-                future_kl=future,
-                behind=behind,
-                advantages=advantages,
-                dual_clipped=counts,
-                max_dual_clipped=limit,
-                low=low,
-                high=high,
-                log_safety=math.inf if safety is None else math.log(safety),
-                safety_low=SAFETY_BOUNDS[0],
-                safety_high=SAFETY_BOUNDS[1],
-                weights=weights,
-                **values,
-            )
-        return weights, future, dual_clipped <= limit, {name: values.get(name, future) for name in metrics}
+        _weigh[grid](
+            **batch,
+            **size,
+            TILE=TILE,
+            future_kl=future,
+            behind=behind,
+            advantages=advantages,
+            dual_clipped=counts,
+            max_dual_clipped=limit,
+            low=low,
+            high=high,
+            log_safety=math.inf if safety is None else math.log(safety),
+            safety_low=SAFETY_BOUNDS[0],
+            safety_high=SAFETY_BOUNDS[1],
+            weights=weights,
+            **values,
+        )
+        return (
+            weights,
+            future,
+            dual_clipped <= limit,
+            {name: values[name] if name in values else future.clone() for name in metrics},
+        )
 
 
 def _cut(log_probs, old_log_probs, loss_mask, lengths, decay_rate, over_trained, max_shift, log_c):

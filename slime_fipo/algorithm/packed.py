@@ -32,32 +32,31 @@ def check_tokens(name: str, value, like: tuple[str, Tensor] | None = None, *, fl
             raise ValueError(f"{name} is on {value.device}; it must be on {other.device}, as {other_name} is")
 
 
-def check_lengths(lengths, tokens: tuple[str, Tensor]) -> Tensor:
-    """Response lengths as an int64 CPU tensor [B]; they must add up to the token count of ``tokens`` (name, tensor).
+def check_lengths(lengths, tokens: tuple[str, Tensor] | None = None, *, name: str = "lengths") -> Tensor:
+    """Lengths as an int64 CPU tensor [B]; they must add up to the token count of ``tokens`` (name, tensor), if given.
 
     Raises:
         ValueError: not a sequence of integers ≥ 0, or they do not add up.
     """
     wanted = "it must be a list of response lengths, integers of at least 0"
     if not isinstance(lengths, (list, tuple, range, Tensor)) and not hasattr(lengths, "__array__"):
-        raise ValueError(f"lengths is a {type(lengths).__name__}; {wanted}")
+        raise ValueError(f"{name} is a {type(lengths).__name__}; {wanted}")
     try:
         counts = torch.as_tensor(lengths, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"lengths is {lengths!r}; {wanted}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} is {lengths!r}; {wanted}") from error
     if counts.dim() != 1:
-        raise ValueError(f"lengths has shape {tuple(counts.shape)}; it must be 1-D: one length per response")
+        raise ValueError(f"{name} has shape {tuple(counts.shape)}; it must be 1-D: one length per response")
     if counts.numel() == 0:
         counts = counts.long()
     if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
-        raise ValueError(f"lengths holds {counts.dtype}; {wanted}")
+        raise ValueError(f"{name} holds {counts.dtype}; {wanted}")
     counts = counts.long()
     if counts.numel() and int(counts.min()) < 0:
-        raise ValueError(f"lengths holds {int(counts.min())}; {wanted}")
-    name, tensor = tokens
-    if int(counts.sum()) != tensor.numel():
+        raise ValueError(f"{name} holds {int(counts.min())}; {wanted}")
+    if tokens is not None and int(counts.sum()) != tokens[1].numel():
         raise ValueError(
-            f"lengths add up to {int(counts.sum())}; they must add up to {tensor.numel()}, the tokens in {name}"
+            f"{name} add up to {int(counts.sum())}; they must add up to {tokens[1].numel()}, the tokens in {tokens[0]}"
         )
     return counts
 
@@ -67,11 +66,6 @@ def to_device(index: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return index.pin_memory().to(device, non_blocking=True)
     return index.to(device)
-
-
-def last_tokens(lengths: Tensor) -> Tensor:
-    """Packed position of each non-empty response's last token, int64 on the CPU."""
-    return lengths.cumsum(0)[lengths > 0] - 1
 
 
 def per_response_sum(tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -5,12 +5,10 @@ Hosts that have one multiply ``fipo_weights(...).weights`` onto it instead; aggr
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
 
-from .config import FipoConfig
+from .config import LARGEST, FipoConfig, check_number
 from .future_kl import compute_dtype
 from .weights import MAX_SHIFT, FipoWeights, fipo_weights
 
@@ -35,18 +33,15 @@ def fipo_policy_loss(
         eps_clip_high: PPO's upper clip; ``config.dual_clip_c`` must exceed 1 + eps_clip_high.
 
     Returns:
-        ``(per_token_loss [T], FipoWeights)``. The loss is not masked; weight it with ``loss_mask`` when averaging.
+        ``(per_token_loss [T], FipoWeights)``. The loss and its gradient are 0 where ``loss_mask`` is 0, whatever stands
+        there; a NaN on a trained token stays NaN. Average with ``loss_mask``.
         The authors leave dropped responses out of the mean's denominator too (``loss_mask`` on kept responses).
 
     Raises:
         ValueError: as :func:`fipo_weights`, and for clip ranges out of order.
     """
-    for name, value, bound in (("eps_clip", eps_clip, 1.0), ("eps_clip_high", eps_clip_high, None)):
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not is_number or not value >= 0 or (bound is not None and value > bound):
-            raise ValueError(
-                f"{name} is {value!r}; it must be a number of at least 0" + (f", at most {bound:g}" if bound else "")
-            )
+    check_number("eps_clip", eps_clip, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+    check_number("eps_clip_high", eps_clip_high, lambda x: 0 <= x <= LARGEST, "a finite number of at least 0")
     result = fipo_weights(log_probs, old_log_probs, advantages, loss_mask, lengths, config)
     c = config.dual_clip_c
     if c is not None and c <= 1 + eps_clip_high:
@@ -55,9 +50,11 @@ def fipo_policy_loss(
         )
 
     dtype = compute_dtype(log_probs, old_log_probs)
+    trained = loss_mask != 0
     old_log_probs, advantages = old_log_probs.detach().to(dtype), advantages.detach().to(dtype)
-    ratio = (log_probs.to(dtype) - old_log_probs).clamp(-MAX_SHIFT, MAX_SHIFT).exp()
+    # Masked before exp too: a gradient of 0 times NaN would be NaN.
+    ratio = torch.where(trained, log_probs.to(dtype) - old_log_probs, 0).clamp(-MAX_SHIFT, MAX_SHIFT).exp()
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - eps_clip, 1 + eps_clip_high))
     if c is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * c), loss)
-    return loss * result.weights, result
+    return torch.where(trained, loss * result.weights, 0), result

@@ -1,10 +1,12 @@
-"""Future-KL in linear time: the recurrence F_t = x_t + γ^{d_t} F_{t+1} by odd-even reduction.
+"""Future-KL in linear time: the recurrence F_t = x_t + γ^{d_t} F_{t+1} by odd-even reduction in rows.
 
-Neighbouring tokens are merged in pairs, the half as long recurrence of the pairs is solved the same way, and every
-second token is filled in from its right neighbour: about four passes over T elements in all, log2(T) levels, no
-padding, and the rounding error of a tree sum. The decay over a span is always taken from its distance, exp2(−d/τ), so
-that it neither drifts at large τ nor overflows at small τ; a response's last token has distance infinity to the next
-response, whose decay is exactly 0, so that responses never touch.
+Every response is cut into rows of ``ROW`` tokens, counted from its end. Inside a row neighbouring tokens are merged in
+pairs until one number is left, the Future-KL at the row's first token from the row alone; the rows of a response are
+joined by doubling the span that each has seen; then every second token is filled in from its right neighbour. That is
+about four passes over T elements in all and the rounding error of a tree sum. Which additions a token takes part in
+depends only on its distance from its response's end, so neither values nor lengths of other responses can reach it.
+The decay over a span is always taken from its distance, exp(−d ln 2 / τ), so that it neither drifts at large τ nor
+overflows at small τ.
 """
 
 from __future__ import annotations
@@ -14,14 +16,58 @@ import math
 import torch
 from torch import Tensor
 
-from .packed import last_tokens, to_device
+from .packed import to_device
+
+ROW = 32  # tokens; a power of two. A response is padded to whole rows, which costs at most ROW − 1 tokens
 
 
 def scan_future_kl(shift: Tensor, lengths: Tensor, decay_rate: float, decay_mask: Tensor | None) -> Tensor:
-    """F [T] of a finite shift [T] in float32 or float64; ``lengths`` is an int64 CPU tensor [B]."""
-    distance = torch.ones_like(shift) if decay_mask is None else (decay_mask != 0).to(shift.dtype)
-    distance.index_fill_(0, to_device(last_tokens(lengths), shift.device), math.inf)
-    return solve_recurrence(shift, distance, log2_decay_of(decay_rate))
+    """F [T] of a finite shift [T] in float32 or float64, T ≥ 1; ``lengths`` is an int64 CPU tensor [B]."""
+    log_decay = log_decay_of(decay_rate)
+    rows = (lengths + ROW - 1) // ROW
+    pads = (rows * ROW - lengths).tolist()
+    sizes = lengths.tolist()
+
+    def in_rows(tokens: Tensor) -> Tensor:
+        parts = [*tokens.new_zeros(sum(pads)).split(pads), *tokens.split(sizes)]
+        return torch.cat([part for pair in zip(parts[: len(sizes)], parts[len(sizes) :], strict=True) for part in pair])
+
+    def decay_over(span: int) -> Tensor:
+        """Decay over ``span`` tokens; with a mask over those that count, which ``distance`` holds."""
+        if distance is not None:
+            # Not exp2: on a CPU its last bit depends on where in the tensor an element stands.
+            return (distance * log_decay).exp_()
+        return x.new_full((), math.exp(span * log_decay)).expand_as(x)
+
+    x = in_rows(shift)
+    distance = None if decay_mask is None else in_rows((decay_mask != 0).to(shift.dtype))
+    merged = []
+    for level in range(ROW.bit_length() - 1):
+        decay = decay_over(2**level)
+        merged.append((x, decay))
+        x = torch.addcmul(x[0::2], decay[0::2], x[1::2])
+        distance = None if distance is None else distance[0::2] + distance[1::2]
+
+    # x, one number per row. Before each round it covers ``span`` rows, or all that follow in the response.
+    following = torch.arange(x.numel() - 1, -1, -1) - torch.repeat_interleave(x.numel() - rows.cumsum(0), rows)
+    following = to_device(following, x.device)
+    span = 1
+    while span < int(rows.max()):
+        joined = torch.addcmul(x[:-span], decay_over(span * ROW)[:-span], x[span:])
+        x = torch.cat([torch.where(following[:-span] >= span, joined, x[:-span]), x[-span:]])
+        if distance is not None:
+            distance = torch.cat([distance[:-span] + distance[span:], distance[-span:]])
+        span *= 2
+
+    behind = torch.where(following >= 1, x.roll(-1), 0)  # what follows each row, 0 at a response's end
+    for local, decay in reversed(merged):
+        future = torch.empty_like(local)
+        future[0::2] = x
+        torch.addcmul(local[1:-1:2], decay[1:-1:2], x[1:], out=future[1:-1:2])
+        last = slice(local.numel() // behind.numel() - 1, None, local.numel() // behind.numel())
+        torch.addcmul(local[last], decay[last], behind, out=future[last])
+        x = future
+    return torch.cat(x.split([size for pair in zip(pads, sizes, strict=True) for size in pair])[1::2])
 
 
 def log2_decay_of(decay_rate: float) -> float:
@@ -29,33 +75,6 @@ def log2_decay_of(decay_rate: float) -> float:
     return min(max(-1.0 / float(decay_rate), -1e30), -1e-30)
 
 
-def solve_recurrence(x: Tensor, distance: Tensor, log2_decay: float) -> Tensor:
-    """Solve F_i = x_i + exp2(distance_i · log2_decay) F_{i+1} for F [n].
-
-    Args:
-        x: finite [n], n ≥ 1.
-        distance: [n] from element i to i + 1, of x's dtype; infinite where nothing carries over.
-        log2_decay: log2 of the decay per unit of distance, −1/τ.
-    """
-    n = x.shape[0]
-    if n == 1:
-        return x
-    pairs, has_right = n // 2, (n - 1) // 2  # an odd last element stays alone; the last element has no right neighbour
-    left, right = slice(0, 2 * pairs, 2), slice(1, None, 2)
-
-    merged_x = x.new_empty(n - pairs)
-    merged_distance = torch.empty_like(merged_x)
-    torch.addcmul(x[left], torch.exp2(distance[left] * log2_decay), x[right], out=merged_x[:pairs])
-    torch.add(distance[left], distance[right], out=merged_distance[:pairs])
-    if pairs != n - pairs:
-        merged_x[pairs:] = x[-1:]
-        merged_distance[pairs:] = distance[-1:]
-    at_left = solve_recurrence(merged_x, merged_distance, log2_decay)
-
-    result = torch.empty_like(x)
-    result[0::2] = at_left
-    decay = torch.exp2(distance[right][:has_right] * log2_decay)
-    torch.addcmul(x[right][:has_right], decay, at_left[1:], out=result[right][:has_right])
-    if n % 2 == 0:
-        result[-1:] = x[-1:]
-    return result
+def log_decay_of(decay_rate: float) -> float:
+    """ln γ, with the same bounds."""
+    return log2_decay_of(decay_rate) * math.log(2)

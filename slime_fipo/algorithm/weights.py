@@ -7,7 +7,7 @@ onto a host's own per-token policy loss. The loss itself is the host's, or ``pol
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .config import SAFETY_BOUNDS, FipoConfig
 from .context_parallel import ContextParallel
-from .future_kl import compute_dtype, compute_future_kl, resolve_impl, triton_kernel
+from .future_kl import compute_dtype, compute_future_kl
+from .kernel_check import kernel_agrees, load_kernel, moved
 from .packed import check_lengths, check_tokens, per_response_sum, per_token
 
 MAX_SHIFT = 20.0  # Eq. 3: log-ratios beyond ±20 nats are clamped
@@ -36,10 +37,10 @@ METRICS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FipoWeights:
     """What ``fipo_weights`` returns. All tensors are detached, in float32 (float64 for float64 log-probs, unless by
-    ``impl="triton"``).
+    ``impl="triton"``), and share no memory. ``==`` is identity.
 
     Attributes:
         weights: w [T] = f_t · keep_i, to multiply onto the per-token policy loss; 0 on tokens of dropped responses.
@@ -65,6 +66,7 @@ class FipoWeights:
     metrics: dict[str, Tensor]
 
 
+@torch._disable_dynamo  # torch.compiler.disable, whose import of the compiler takes seconds, put off to the first call
 @torch.no_grad()
 def fipo_weights(
     log_probs: Tensor,
@@ -75,7 +77,7 @@ def fipo_weights(
     config: FipoConfig,
     *,
     cp: ContextParallel | None = None,
-    metrics: Collection[str] = METRICS,
+    metrics: Iterable[str] = METRICS,
 ) -> FipoWeights:
     """Influence weights of a packed batch (arXiv:2603.19835, Eq. 3-7 and Sec. 3.2).
 
@@ -87,7 +89,7 @@ def fipo_weights(
         lengths: response lengths, B integers ≥ 0 that add up to T; masked tokens inside a response count.
         config: the settings.
         cp: with context parallelism, how the responses are spread; all tensors and ``lengths`` then are this rank's.
-            Calls one collective on ``cp.group``, also on a rank without tokens.
+            Calls one collective on ``cp.group``, also on a rank without tokens and on one that raises.
         metrics: which of ``METRICS`` to compute; a host that logs a few pays for those.
 
     Returns:
@@ -95,17 +97,30 @@ def fipo_weights(
 
     Raises:
         ValueError: an argument has the wrong type, shape or device; the message names it.
+        RuntimeError: another rank of ``cp.group`` raised; see :meth:`ContextParallel.exchange`.
     """
-    unknown = set(metrics) - set(METRICS)
-    if unknown:
-        raise ValueError(f"metrics holds {sorted(unknown)}; it must hold names out of {', '.join(METRICS)}")
-    counts = _check_batch(log_probs, old_log_probs, advantages, loss_mask, lengths, config)
-    chunks = cp.check(counts, config.decay_over == "trained_tokens") if cp is not None else None
-    dtype = compute_dtype(log_probs, old_log_probs)
-    impl = resolve_impl(config.impl, "log_probs", log_probs.device, dtype)
+    try:
+        metrics = _check_metrics(metrics)
+        counts = _check_batch(log_probs, old_log_probs, advantages, loss_mask, lengths, config)
+        chunks = cp.check(counts, config.decay_over == "trained_tokens") if cp is not None else None
+    except ValueError:
+        if cp is not None:
+            cp.refuse(log_probs, old_log_probs, advantages, loss_mask)
+        raise
+    # Detached for forward-mode differentiation too, which no_grad leaves on.
+    batch = tuple(tokens.detach() for tokens in (log_probs, old_log_probs, advantages, loss_mask))
+    impl = config.impl
+    if impl == "triton" and not (counts.any() and _kernel_agrees(batch, counts, config, cp, chunks, metrics)):
+        impl = "scan"
+    return _weights(batch, counts, config, cp, chunks, metrics, impl)
+
+
+def _weights(batch, counts: Tensor, config: FipoConfig, cp, chunks, metrics: tuple[str, ...], impl: str) -> FipoWeights:
+    """:func:`fipo_weights` on arguments that it has checked."""
     if impl == "triton":  # everything below, fused
-        batch = (log_probs, old_log_probs, advantages, loss_mask, counts)
-        return FipoWeights(*triton_kernel().kernel_weights(*batch, config, cp, chunks, metrics, MAX_SHIFT))
+        return FipoWeights(*load_kernel().kernel_weights(*batch, counts, config, cp, chunks, metrics, MAX_SHIFT))
+    log_probs, old_log_probs, advantages, loss_mask = batch
+    dtype = compute_dtype(log_probs, old_log_probs)
     trained = loss_mask != 0
     negative = advantages < 0
 
@@ -144,7 +159,7 @@ def fipo_weights(
         return in_band if stop is None else in_band & (shift < math.log(stop))
 
     values = {
-        "future_kl": lambda: future,
+        "future_kl": lambda: future.clone(),
         "influence_weight": lambda: influence,
         "influence_deviation": lambda: (influence - 1).abs_(),
         "clip_high_frac": lambda: (influence >= high) & (unclipped > high),
@@ -159,6 +174,30 @@ def fipo_weights(
     }
     chosen = {name: values[name]().to(dtype) for name in metrics}
     return FipoWeights(torch.where(kept, influence, 0), future, keep, chosen)
+
+
+def _kernel_agrees(batch, counts: Tensor, config: FipoConfig, cp, chunks, metrics: tuple[str, ...]) -> bool:
+    """Whether kernel and scan give the same for this kind of micro-batch; no collective."""
+    log_probs, *others = batch
+    alone = None if cp is None else cp.alone()
+
+    def probe():
+        moved_batch = (moved(log_probs), *others)
+        ours, scan = (
+            _weights(moved_batch, counts, config, alone, chunks, metrics, impl) for impl in ("triton", "scan")
+        )
+        return {"Future-KL": (ours.future_kl, scan.future_kl), "weights": (ours.weights, scan.weights)}
+
+    kind = ("weights", config.decay_over, cp is None, metrics, *(tokens.dtype for tokens in batch))
+    return kernel_agrees(log_probs.device, kind, probe)
+
+
+def _check_metrics(metrics) -> tuple[str, ...]:
+    names = tuple(metrics) if isinstance(metrics, Iterable) else (metrics,)
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"metrics holds {unknown}; it must hold names out of {', '.join(METRICS)}")
+    return names
 
 
 def _check_batch(log_probs, old_log_probs, advantages, loss_mask, lengths, config) -> Tensor:

@@ -39,14 +39,14 @@ def test_frozen():
 @pytest.mark.parametrize(
     ("field", "bad"),
     [
-        ("decay_rate", (0, -1.0, float("nan"), float("inf"), "32", None, True)),
-        ("clip_ratio_low", (-0.1, 1.0, 1.5, float("nan"), None)),
-        ("clip_ratio_high", (-0.1, float("inf"), None)),
+        ("decay_rate", (0, -1.0, float("nan"), float("inf"), "32", None, True, 10**400, 10**5000)),
+        ("clip_ratio_low", (-0.1, 1.0, 1.5, float("nan"), None, 10**400)),
+        ("clip_ratio_high", (-0.1, float("inf"), None, 1e39, 10**400)),
         ("clip_high_only", (0, "yes", None)),
         ("clip_influence", (1, None)),
-        ("safety_thresh", (0.0, -3.0, float("nan"), "none")),
-        ("dual_clip_c", (1.0, 0.5, float("inf"), "none")),
-        ("max_dual_clipped_tokens", (-1, 1.5, True)),
+        ("safety_thresh", (0.0, -3.0, float("nan"), "none", 10**400)),
+        ("dual_clip_c", (1.0, 0.5, float("inf"), "none", 1e39, 10**400)),
+        ("max_dual_clipped_tokens", (-1, 1.5, True, 2**31, 10**5000)),
         ("decay_over", ("tokens", None)),
         ("impl", ("fast", None)),
         ("chunk_size", (0, -1, 1.5, None)),
@@ -54,8 +54,9 @@ def test_frozen():
 )
 def test_every_field_is_validated(field, bad):
     for value in bad:
-        with pytest.raises(ValueError, match=f"^{field} is "):
+        with pytest.raises(ValueError, match=f"^{field} is .*; it must be ") as raised:
             FipoConfig(**{field: value})
+        assert len(str(raised.value)) < 200
 
 
 def test_no_flags_are_the_defaults():
@@ -65,7 +66,7 @@ def test_no_flags_are_the_defaults():
 def test_every_flag_reaches_its_field():
     config = parse(
         "--fipo-decay-rate 8 --fipo-chunk-size 64 --fipo-clip-ratio-low 0.1 --fipo-clip-ratio-high 0.3"
-        " --fipo-clip-high-only --fipo-safety-thresh 3 --fipo-dual-clip-c 5 --fipo-max-dual-clipped-tokens 2"
+        " --fipo-safety-thresh 3 --fipo-dual-clip-c 5 --fipo-max-dual-clipped-tokens 2"
         " --fipo-decay-over trained_tokens --fipo-impl chunked"
     )
     assert config == FipoConfig(
@@ -73,13 +74,13 @@ def test_every_flag_reaches_its_field():
         chunk_size=64,
         clip_ratio_low=0.1,
         clip_ratio_high=0.3,
-        clip_high_only=True,
         safety_thresh=3.0,
         dual_clip_c=5.0,
         max_dual_clipped_tokens=2,
         decay_over="trained_tokens",
         impl="chunked",
     )
+    assert parse("--fipo-clip-high-only") == FipoConfig(clip_high_only=True)
     assert parse("--fipo-unclipped") == FipoConfig(clip_influence=False)
     off = parse("--fipo-safety-thresh none --fipo-dual-clip-c NONE --fipo-max-dual-clipped-tokens none")
     assert off == FipoConfig(safety_thresh=None, dual_clip_c=None, max_dual_clipped_tokens=None)
@@ -98,6 +99,38 @@ def test_clip_ratio_is_shorthand_for_both_sides():
     assert parse("--fipo-clip-ratio 0.3") == FipoConfig(clip_ratio_low=0.3, clip_ratio_high=0.3)
 
 
+@pytest.mark.parametrize("preset", ["", "--fipo-preset 7b ", "--fipo-preset 32b "])
+@pytest.mark.parametrize(
+    ("idle", "why", "otherwise"),
+    [
+        ("--fipo-clip-ratio-low 0.1", "--fipo-clip-high-only", ""),
+        ("--fipo-clip-ratio-low 0", "--fipo-clip-high-only", "--no-fipo-clip-high-only"),
+        ("--fipo-max-dual-clipped-tokens 1", "--fipo-dual-clip-c none", "--fipo-dual-clip-c 3"),
+        ("--fipo-max-dual-clipped-tokens 0", "--fipo-dual-clip-c none", ""),
+        ("--fipo-clip-ratio-low 0", "--fipo-unclipped", ""),
+        ("--fipo-clip-ratio-high 0", "--fipo-unclipped", "--no-fipo-unclipped"),
+        ("--fipo-clip-ratio 0.3", "--fipo-unclipped", "--fipo-clip-high-only"),
+        ("--fipo-clip-high-only", "--fipo-unclipped", ""),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(preset, idle, why, otherwise):
+    """Named with the flag that makes it idle. Each of the two is fine without the other, whatever the preset says."""
+    with pytest.raises(ValueError, match=f"{why}.* so {idle.split()[0]} would do nothing"):
+        parse(f"{preset}{idle} {why}")
+    parse(f"{preset}{idle} {otherwise}")
+    parse(f"{preset}{why}")
+
+
+def test_what_is_off_on_both_sides_does_not_contradict():
+    assert parse("--fipo-dual-clip-c none --fipo-max-dual-clipped-tokens none").max_dual_clipped_tokens is None
+    assert parse("--fipo-unclipped --no-fipo-clip-high-only").influence_bounds == (0.0, 10.0)
+
+
+def test_a_lower_bound_that_was_given_wins_over_a_presets_high_only():
+    assert parse("--fipo-preset 32b --fipo-clip-ratio-low 0.1").influence_bounds == (0.9, 1.2)
+    assert parse("--fipo-preset 32b --fipo-clip-ratio 0.3").influence_bounds == (1.0, 1.3)
+
+
 @pytest.mark.parametrize(
     ("argv", "host", "message"),
     [
@@ -106,7 +139,11 @@ def test_clip_ratio_is_shorthand_for_both_sides():
         ("--fipo-clip-ratio 1", {}, r"--fipo-clip-ratio is 1.0; it must be a number in \[0, 1\)"),
         ("--fipo-clip-ratio-low 1", {}, r"--fipo-clip-ratio-low is 1.0; it must be a number in \[0, 1\)"),
         ("--fipo-decay-rate 0", {}, "--fipo-decay-rate is 0.0; it must be"),
-        ("--fipo-dual-clip-c 1", {}, "--fipo-dual-clip-c is 1.0; it must be a finite number above 1, or 'none'"),
+        (
+            "--fipo-dual-clip-c 1",
+            {},
+            r"--fipo-dual-clip-c is 1.0; it must be a finite number above 1 and at most 1e\+38, or 'none'",
+        ),
         (
             "--fipo-unclipped --fipo-clip-ratio-high 0.3",
             {},

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -75,9 +77,99 @@ def check_all(rank, size):
     assert size == 1 or (own_lengths == [0]) == (rank != 0)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_agree_with_the_whole(size, tmp_path):
-    command = [sys.executable, "-m", __name__, str(size), str(tmp_path / "store")]
+def check_neighbours(rank, size):
+    """Bit for bit, what else is in the batch makes no difference to a response whose chunks are the same."""
+    lengths = [response for _, response in SEQUENCES]
+    batch = make_batch(3, lengths, spikes=40, hole_share=0.3)
+    chunk_lengths = [zigzag_chunk_lengths(total, response, size) for total, response in SEQUENCES]
+    for decay_over in ("positions", "trained_tokens"):
+        config = FipoConfig(decay_over=decay_over, decay_rate=100.0)
+
+        def part(which, config=config):
+            tokens = [torch.cat([x.split(lengths)[i] for i in which]) for x in batch]
+            index, own_lengths = rank_slices([chunk_lengths[i] for i in which], rank)
+            cp = ContextParallel(dist.group.WORLD, [chunk_lengths[i] for i in which], tokens[3])
+            result = fipo_weights(*(x[index] for x in tokens), own_lengths, config, cp=cp)
+            return zip(which, result.weights.split(own_lengths), result.future_kl.split(own_lengths), strict=True)
+
+        together = {i: values for i, *values in part([5, 0, 2, 6, 1, 4, 3])}
+        for i, *values in [*part([3]), *part([0, 4]), *part([6, 0, 3])]:
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(values, together[i], strict=True)), i
+
+
+def bad_on_one_rank(name, own, cp, config):
+    """(batch and lengths, cp, config) that only this rank refuses, or that differ from the other rank's."""
+    log_probs, old, advantages, mask, lengths = own
+    chunks = [list(row) for row in cp.chunk_lengths]
+    if name == "lengths":
+        lengths = [n + 1 for n in lengths]
+    elif name == "tokens":
+        log_probs = log_probs[:-1]
+    elif name == "type":
+        old = old.tolist()
+    elif name == "mask":
+        cp = replace(cp, response_loss_mask=cp.response_loss_mask[:-1])
+    elif name == "no mask":
+        cp = replace(cp, response_loss_mask=None)
+    elif name == "negative":
+        chunks[0][0], chunks[0][1] = -1, chunks[0][1] + 1
+        cp = replace(cp, chunk_lengths=chunks)
+    elif name == "fractional":
+        chunks[0][0] += 0.5
+        cp = replace(cp, chunk_lengths=chunks)
+    elif name == "other chunks":  # fits this rank, but is not what the other rank has
+        chunks[0][1 - dist.get_rank()] += 1
+        cp = replace(cp, chunk_lengths=chunks, response_loss_mask=torch.ones(sum(map(sum, chunks))))
+    elif name == "other settings":
+        config = replace(config, decay_rate=33.0)
+    return (log_probs, old, advantages, mask, lengths), cp, config
+
+
+REFUSED_HERE = ("lengths", "tokens", "type", "mask", "no mask", "negative", "fractional")
+DIFFERENT_HERE = ("other chunks", "other settings")
+
+
+def check_that_all_ranks_raise(rank, size):
+    """What one rank refuses raises on every rank, and the group goes on working afterwards."""
+    chunk_lengths = [zigzag_chunk_lengths(total, response, size) for total, response in [(40, 30), (20, 9)]]
+    index, own_lengths = rank_slices(chunk_lengths, rank)
+    batch = make_batch(0, [30, 9])
+    own = (*(x[index] for x in batch), own_lengths)
+    config = FipoConfig(decay_over="trained_tokens")
+    cp = ContextParallel(dist.group.WORLD, chunk_lengths, batch[3])
+    for culprit in range(size):
+        for name in (*REFUSED_HERE, *DIFFERENT_HERE):
+            arguments, layout, settings = (own, cp, config)
+            if rank == culprit:
+                arguments, layout, settings = bad_on_one_rank(name, own, cp, config)
+            try:
+                fipo_weights(*arguments, settings, cp=layout)
+            except (ValueError, RuntimeError) as error:
+                own_error = rank == culprit and name in REFUSED_HERE
+                assert isinstance(error, ValueError) == own_error, (name, error)
+                assert own_error or "a rank of cp.group refused its part" in str(error), (name, error)
+            else:
+                raise AssertionError(f"{name} on rank {culprit} did not raise on rank {rank}")
+    fipo_weights(*own, config, cp=cp)
+
+    # No responses: no collective, so that a rank alone may call it, or refuse it.
+    empty, none = torch.empty(0), ContextParallel(dist.group.WORLD, [])
+    if rank == 0:
+        for decay_over in ("positions", "trained_tokens"):
+            nothing = replace(none, response_loss_mask=empty)
+            result = fipo_weights(empty, empty, empty, empty, [], FipoConfig(decay_over=decay_over), cp=nothing)
+            assert result.weights.shape == (0,) and result.keep.shape == (0,)
+        with pytest.raises(ValueError, match="lengths add up to 0; they must add up to"):
+            fipo_weights(*own[:4], [], config, cp=none)
+    fipo_weights(*own, config, cp=cp)
+
+
+@pytest.mark.parametrize(
+    ("check", "size"),
+    [("check_all", 1), ("check_all", 2), ("check_all", 4), ("check_neighbours", 2), ("check_that_all_ranks_raise", 2)],
+)
+def test_ranks(check, size, tmp_path):
+    command = [sys.executable, "-m", __name__, check, str(size), str(tmp_path / "store")]
     root = Path(__file__).parents[2]
     ranks = [
         subprocess.Popen(
@@ -85,13 +177,22 @@ def test_ranks_agree_with_the_whole(size, tmp_path):
         )
         for rank in range(size)
     ]
-    outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(outputs)
 
 
-class FakeGroup:
-    """Rank 0 of 2, for checks that stop before any collective."""
+class Unconnected(ContextParallel):
+    """Rank 0 of 2 without the other, whose part of the collective is left out."""
 
+    def _all_gather(self, packet):
+        return packet.expand(2, *packet.shape)
+
+
+class FakeGroup:
     def rank(self):
         return 0
 
@@ -105,18 +206,25 @@ class FakeGroup:
         ([[2, 2]], [4], FipoConfig(), r"cp.chunk_lengths has shape \(1, 2\); it must be \(1, 4\)"),
         ([[1, 1, 1, 1]], [4], FipoConfig(), r"chunks \[0, 3\] of cp.chunk_lengths: \[2\]; it is \[4\]"),
         ([[2, 1, 1, 2]], [4], FipoConfig(decay_over="trained_tokens"), "cp.response_loss_mask .* is a NoneType"),
+        ([[5, 1, 1, -1]], [4], FipoConfig(), "cp.chunk_lengths holds -1"),
+        ([[2.0, 1.0, 1.0, 2.0]], [4], FipoConfig(), "cp.chunk_lengths holds torch.float32"),
+        ([[2, 1, 1], [2]], [4], FipoConfig(), "cp.chunk_lengths must be integers"),
+        ([], [4], FipoConfig(), r"cp.chunk_lengths has shape \(0,\); it must be \(1, 4\)"),
+        (None, [4], FipoConfig(), "cp.chunk_lengths must be integers"),
     ],
 )
 def test_a_layout_that_does_not_fit(chunk_lengths, lengths, config, message):
     token = torch.zeros(4)
-    cp = ContextParallel(FakeGroup(), chunk_lengths)
+    cp = Unconnected(FakeGroup(), chunk_lengths)
     with pytest.raises(ValueError, match=message):
         fipo_weights(token, token, token, token, lengths, config, cp=cp)
 
 
 if __name__ == "__main__":
-    world_size, store, rank = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    check, world_size, store, rank = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    check_all(rank, world_size)
+    # A rank that waits for one that does not come gives up, and the test says so.
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
+    globals()[check](rank, world_size)
     dist.destroy_process_group()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from slime_fipo import future_kl
 
@@ -111,16 +112,77 @@ def test_a_non_finite_shift_counts_as_zero(impl, bad):
     )
 
 
-def test_responses_do_not_touch_each_other():
-    """Bit for bit: what stands beside a response in the batch makes no difference to it."""
-    generator = torch.Generator().manual_seed(2)
-    lengths = [77, 1, 130, 64]
-    parts = [torch.randn(n, generator=generator) for n in lengths]
-    quiet = future_kl(torch.cat(parts), lengths, 16.0)
-    parts[1], parts[3] = parts[1] * 1e30, parts[3] * 1e30
-    loud = future_kl(torch.cat(parts), lengths, 16.0)
-    for start, stop in ((0, 77), (78, 208)):
-        assert torch.equal(quiet[start:stop], loud[start:stop])
+neighbours = st.lists(
+    st.tuples(st.one_of(st.sampled_from(BLOCK_EDGES), st.integers(0, 100)), st.sampled_from([0.0, 0.05, 1e30, 3e38])),
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.one_of(st.sampled_from(BLOCK_EDGES), st.integers(1, 1200)),
+    before=neighbours,
+    after=neighbours,
+    decay_rate=st.one_of(st.sampled_from([1e-3, *DECAY_RATES]), st.floats(0.5, 4096)),
+    hole_share=st.sampled_from([0.0, 0.3, 1.0]),
+    trained_only=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    impl=st.sampled_from(IMPLS),
+)
+def test_what_else_is_in_the_batch_makes_no_difference(
+    seed, length, before, after, decay_rate, hole_share, trained_only, dtype, impl
+):
+    """Bit for bit in the scan, for any values, lengths and places of the neighbours, also where their sums overflow."""
+    rng = np.random.default_rng(seed)
+    shift, mask = make_shift(seed, [length], spikes=3, hole_share=hole_share)
+    shift, mask = torch.from_numpy(shift).to(dtype), torch.from_numpy(mask)
+
+    def beside(parts):
+        values = [torch.from_numpy(rng.choice([1.0, 0.7, -0.1], n) * size).to(dtype) for n, size in parts]
+        return values, [torch.from_numpy(rng.random(n) < 0.7) for n, _ in parts]
+
+    (values, masks), (later_values, later_masks) = beside(before), beside(after)
+    lengths = [*(n for n, _ in before), length, *(n for n, _ in after)]
+    packed, packed_mask = torch.cat([*values, shift, *later_values]), torch.cat([*masks, mask, *later_masks])
+    alone = future_kl(shift, [length], decay_rate, decay_mask=mask if trained_only else None, impl=impl)
+    result = future_kl(packed, lengths, decay_rate, decay_mask=packed_mask if trained_only else None, impl=impl)
+    start = sum(n for n, _ in before)
+    result = result[start : start + length]
+    if impl == "scan":
+        assert torch.equal(result, alone)
+    else:
+        scale = max(1e-30, alone.abs().max().item()) if length else 1.0
+        torch.testing.assert_close(result, alone, rtol=0, atol=2e-7 * scale)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reduced_precision_elsewhere_does_not_reach_the_computation(impl):
+    """Neither autocast nor reduced-precision matrix products, both usual in training."""
+    lengths = [700, 77]
+    shift, mask = make_shift(11, lengths, spikes=20)
+    shift, mask = torch.from_numpy(shift), torch.from_numpy(mask)
+    plain = [future_kl(shift, lengths, 256.0, decay_mask=m, impl=impl) for m in (None, mask)]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            reduced = [future_kl(shift, lengths, 256.0, decay_mask=m, impl=impl) for m in (None, mask)]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for expected, result in zip(plain, reduced, strict=True):
+        assert result.dtype == torch.float32 and torch.equal(result, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_is_differentiated_in_forward_mode(impl):
+    shift = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(shift, torch.ones_like(shift))
+        result = future_kl(dual, [30, 10], 8.0, impl=impl)
+        assert forward_ad.unpack_dual(result).tangent is None
+        assert torch.equal(result, future_kl(shift, [30, 10], 8.0, impl=impl))
 
 
 def test_a_tool_result_costs_no_distance_over_trained_tokens():
@@ -158,6 +220,7 @@ def test_no_tokens(impl, lengths):
         ({"decay_rate": float("nan")}, "decay_rate is nan"),
         ({"decay_rate": float("inf")}, "decay_rate is inf"),
         ({"decay_rate": "32"}, "decay_rate is '32'"),
+        ({"decay_rate": 10**400}, "decay_rate is 1000.*; it must be a finite number above 0"),
         ({"decay_mask": torch.ones(3)}, "decay_mask has 3 tokens; it must have 4"),
         ({"decay_mask": [1, 1, 1, 1]}, "decay_mask is a list"),
         ({"impl": "fast"}, "impl is 'fast'; it must be one of 'auto'"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from slime_fipo import FipoConfig, fipo_policy_loss, fipo_weights
 from slime_fipo.algorithm.weights import METRICS
@@ -87,6 +88,66 @@ def test_a_non_finite_token_leaves_the_others_alone(impl, bad, which):
         assert loss[70].isnan(), "the host's own NaN checks must still fire"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["log_probs", "old_log_probs", "advantages"])
+def test_the_loss_is_zero_where_nothing_is_trained(which, bad):
+    """Whatever stands under the mask: value and gradient are exactly 0, so that loss · mask is no NaN."""
+    lengths = [40, 60, 3]
+    clean = make_batch(5, lengths, spikes=4, hole_share=0.4)
+    mask = clean[3]
+    batch = [x.clone() for x in clean]
+    batch[which][mask == 0] = bad
+
+    def loss_and_gradient(log_probs, *others):
+        log_probs = log_probs.clone().requires_grad_()
+        loss, _ = fipo_policy_loss(log_probs, *others, lengths, FipoConfig.preset("7b"))
+        (loss * mask).sum().backward()
+        return loss.detach(), log_probs.grad
+
+    expected, result = loss_and_gradient(*clean), loss_and_gradient(*batch)
+    for ours, of_clean in zip(result, expected, strict=True):
+        assert (ours[mask == 0] == 0).all()
+        assert torch.equal(ours, of_clean)
+
+
+def test_a_nan_on_a_trained_token_stays_visible():
+    for which in (0, 1, 2):
+        batch = [x.clone() for x in make_batch(5, [40, 60], hole_share=0.4)]
+        token = batch[3].nonzero()[7]
+        batch[which][token] = float("nan")
+        loss, result = fipo_policy_loss(*batch, [40, 60], FipoConfig())
+        assert loss.isnan().nonzero().flatten().tolist() == token.tolist()
+        assert (loss * batch[3]).sum().isnan() and result.weights.isfinite().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.sampled_from([0, 1, 2, 31, 32, 33, 64, 65, 300]),
+    before=st.lists(st.integers(0, 70), max_size=3),
+    after=st.lists(st.integers(0, 700), max_size=2),
+    bad=st.sampled_from([None, float("nan"), float("inf"), float("-inf")]),
+    decay_over=st.sampled_from(["positions", "trained_tokens"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_what_else_is_in_the_batch_makes_no_difference(seed, length, before, after, bad, decay_over, dtype):
+    """Bit for bit, weights, Future-KL and metrics, for any neighbours, also where they are not finite."""
+    config = FipoConfig.preset("7b", decay_over=decay_over)
+    own = [x.to(dtype) for x in make_batch(seed, [length], spikes=3, hole_share=0.3)]
+    parts = [[x.to(dtype) for x in make_batch(seed + 1 + i, [n], spikes=5)] for i, n in enumerate([*before, *after])]
+    if bad is not None:
+        for part in parts:
+            part[0][::3] = bad
+    parts.insert(len(before), own)
+    alone = fipo_weights(*own, [length], config)
+    lengths = [*before, length, *after]
+    result = fipo_weights(*(torch.cat(x) for x in zip(*parts, strict=True)), lengths, config)
+    here = slice(sum(before), sum(before) + length)
+    assert torch.equal(result.weights[here], alone.weights) and torch.equal(result.future_kl[here], alone.future_kl)
+    assert result.keep[len(before)] == alone.keep[0]
+    assert all(torch.equal(result.metrics[name][here], alone.metrics[name]) for name in METRICS)
+
+
 def test_a_fully_masked_batch():
     lengths = [5, 0, 7]
     log_probs, old, advantages, mask = make_batch(1, lengths, spikes=6)
@@ -146,6 +207,67 @@ def test_on_policy_every_weight_is_one_and_nothing_counts_as_clipped():
         assert result.metrics["clip_low_frac"].sum() == result.metrics["clip_high_frac"].sum() == 0
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("impl", ["chunked", "scan"])
+def test_forward_mode_sees_the_weights_as_constants(impl):
+    """The loss's directional derivative is its gradient's product with the direction; the weights have none."""
+    log_probs, *others = make_batch(4, [20, 30], dtype=torch.float64)
+    config = FipoConfig(impl=impl, clip_influence=False)
+    direction = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with forward_ad.dual_level():
+        loss, result = fipo_policy_loss(forward_ad.make_dual(log_probs, direction), *others, [20, 30], config)
+        tangent = forward_ad.unpack_dual(loss).tangent
+        for value in (result.weights, result.future_kl, *result.metrics.values()):
+            assert forward_ad.unpack_dual(value).tangent is None
+    leaf = log_probs.clone().requires_grad_()
+    loss, _ = fipo_policy_loss(leaf, *others, [20, 30], config)
+    loss.sum().backward()
+    torch.testing.assert_close(tangent, leaf.grad * direction)
+
+
+def test_no_output_shares_memory_with_another():
+    """Also not the metric with the Future-KL: a host may write into either."""
+    batch = make_batch(4, [20, 30])
+    for impl in ("chunked", "scan"):
+        result = fipo_weights(*batch, [20, 30], FipoConfig(impl=impl))
+        values = [*batch, result.weights, result.future_kl, *result.metrics.values()]
+        assert len({x.untyped_storage().data_ptr() for x in values}) == len(values)
+        expected = result.future_kl.clone()
+        result.metrics["future_kl"].zero_()
+        assert torch.equal(result.future_kl, expected)
+
+
+def test_results_can_be_compared():
+    first, second = (fipo_weights(*make_batch(4, [20]), [20], FipoConfig()) for _ in range(2))
+    assert first == first and first != second and len({first, second}) == 2
+
+
+def test_the_compiler_leaves_it_alone():
+    """One break of the graph around each call, and nothing to compile again for other lengths."""
+    from torch._dynamo.testing import CompileCounter
+
+    from slime_fipo import future_kl
+
+    def step(log_probs, old, advantages, mask, lengths):
+        shift = future_kl(log_probs - old, lengths.split, 32.0)
+        weights = fipo_weights(log_probs * 1, old, advantages, mask, lengths.split, FipoConfig()).weights
+        return (log_probs * weights + shift).sum()
+
+    class Lengths:  # the compiler guards on how many there are, so their number stays
+        split = None
+
+    torch._dynamo.reset()
+    backend = CompileCounter()
+    compiled = torch.compile(step, backend=backend)
+    lengths = Lengths()
+    for split in ([40, 24, 0], [24, 40, 0], [1, 62, 1], [0, 0, 64], [0, 64, 0]):
+        lengths.split = split
+        batch = make_batch(3, [64])
+        torch.testing.assert_close(compiled(*batch, lengths), step(*batch, lengths))
+    torch._dynamo.reset()
+    assert backend.frame_count <= 6, backend.frame_count  # three parts, each for one length and for any
+
+
 def test_weights_carry_no_gradient_and_the_loss_does():
     log_probs, old, advantages, mask = make_batch(4, [20, 30])
     log_probs.requires_grad_()
@@ -200,9 +322,13 @@ def test_peak_memory(decay_over):
 
 def test_only_the_metrics_asked_for():
     batch = make_batch(9, [10])
-    assert tuple(fipo_weights(*batch, [10], FipoConfig(), metrics=("future_kl",)).metrics) == ("future_kl",)
-    with pytest.raises(ValueError, match=r"metrics holds \['entropy'\]"):
-        fipo_weights(*batch, [10], FipoConfig(), metrics=("entropy",))
+    for names in (("future_kl",), ["dropped_frac", "future_kl"], (), {"excluded_frac": 1}.keys()):
+        for kind in (list, tuple, iter, lambda x: (name for name in x)):
+            metrics = fipo_weights(*batch, [10], FipoConfig(), metrics=kind(names)).metrics
+            assert tuple(metrics) == tuple(names)
+    for names in (("entropy",), iter(["future_kl", "entropy"]), None, [["future_kl"]]):
+        with pytest.raises(ValueError, match=r"metrics holds \[.*\]; it must hold names out of"):
+            fipo_weights(*batch, [10], FipoConfig(), metrics=names)
 
 
 @pytest.mark.parametrize(
