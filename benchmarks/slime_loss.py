@@ -9,7 +9,6 @@ by its result. Prints one table; a bound that is missed makes the command exit w
 import os
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist

@@ -17,8 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Build FIPO into a checkout of slim
 
 
 def _git_apply(root: Path, base: Path, *options: str) -> str:
-    """The first line of what ``git apply`` says is wrong with the patches of ``base``; empty if they apply."""
-    # One input: git is atomic over what it reads at once, not over several files that it is given.
+    """What ``git apply`` says is wrong; empty if it worked. One input, as git is atomic only over what it reads at once."""
     patches = b"".join(path.read_bytes() for path in sorted(base.glob("*.patch")))
     if shutil.which("git") is None:
         raise UserError("git is not installed; slime-fipo patch needs it")
@@ -30,9 +29,8 @@ def _fitting_base(root: Path, *options: str) -> Path:
     if not (root / "slime" / "utils" / "arguments.py").is_file() or not (root / ".git").exists():
         raise UserError(f"--slime-root {root} is not a git checkout of slime")
     errors = {base: _git_apply(root, base, "--check", *options) for base in sorted(PATCHES.iterdir()) if base.is_dir()}
-    for base, error in errors.items():
-        if not error:
-            return base
+    if fitting := [base for base, error in errors.items() if not error]:
+        return fitting[0]
     hint = "FIPO is not built in, or its lines were edited" if options else "FIPO is built in already, or slime differs"
     raise UserError(f"--slime-root {root} was not changed: {hint} ({'; '.join(errors.values())})")
 
