@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Build FIPO into a checkout of slim
 
 
 def _git_apply(root: Path, base: Path, *options: str) -> str:
-    """What ``git apply`` says is wrong; empty if it worked. One input, as git is atomic only over what it reads at once."""
+    """What ``git apply`` says is wrong, or nothing. One input: git is atomic only over what it reads at once."""
     patches = b"".join(path.read_bytes() for path in sorted(base.glob("*.patch")))
     if shutil.which("git") is None:
         raise UserError("git is not installed; slime-fipo patch needs it")
