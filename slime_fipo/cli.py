@@ -9,12 +9,25 @@ import importlib
 import sys
 
 import typer
+from typer.core import TyperGroup
 
 from .errors import UserError
 from .plugin.patch import app as patch_app  # light: neither torch nor slime
 
+
+class _OneLineErrors(TyperGroup):
+    """Every subcommand's :class:`UserError` ends here, as one line and exit code 2."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            _fail(f"slime-fipo {context.invoked_subcommand}: {error}")
+
+
 app = typer.Typer(
     name="slime-fipo",
+    cls=_OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,8 +73,6 @@ def _run_embedded(command: str, module: str, argv: list[str]) -> None:
         _fail(f"slime-fipo {command} needs the package {error.name}: pip install '/path/to/slime-fipo[local]'")
     try:
         main(argv)
-    except UserError as error:
-        _fail(f"slime-fipo {command}: {error}")
     except OSError as error:
         _fail(f"slime-fipo {command}: {error}; what is on disk is whole, and the same command continues")
 

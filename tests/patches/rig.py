@@ -1,8 +1,9 @@
-"""Runs the plugin's cases through a patched slime's ``loss_function``, as ``fipo_loss`` and through the plugin, and
-slime's ``policy_loss`` on any slime: ``python -m tests.patches.rig VERSION OUT CP_SIZE WHAT`` with slime on the path.
+"""Runs the plugin's cases through a patched slime's ``loss_function``, as ``fipo_loss`` and through the plugin's route
+without launcher; and slime's ``policy_loss`` on any slime.
+
+``python -m tests.patches.rig VERSION OUT CP_SIZE WHAT`` with slime on the path.
 """
 
-import argparse
 import os
 import sys
 import traceback
@@ -13,33 +14,30 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 
+from slime_fipo.algorithm import fipo_config_from_args
 from tests.slime.cases import CASES, SLIME_DEFAULTS, Case
 from tests.slime.rig import World, samples_of, train_step
 
-# Both look at fipo_step_id; the rest of what a rollout's first step reports is in the cases.
-FIRST_STEP = {
-    "first_step": Case(dict(use_rollout_logprobs=True, fipo_step_id=0)),
-    "second_step": Case(dict(use_rollout_logprobs=True, fipo_step_id=1)),
-}
+# What the patches leave to the plugin.
+NOT_BUILT_IN = ("fipo_decay_over", "fipo_unclipped", "fipo_max_dual_clipped_tokens", "fipo_shift_from")
+
+
+def is_built_in(case: Case) -> bool:
+    return case.args.get("fipo_dual_clip_c") != "none" and not any(name in case.args for name in NOT_BUILT_IN)
 
 
 def built_in_namespace(args: Namespace) -> Namespace:
-    """The namespace as the patched slime's parser and validation leave it."""
-    from slime.utils.fipo import add_fipo_arguments, validate_fipo_args
-
-    sizes = dict(rollout_batch_size=8, n_samples_per_prompt=4, global_batch_size=8, keep_old_actor=False)
-    unset = vars(add_fipo_arguments(argparse.ArgumentParser()).parse_args([]))
-    given = {name: value for name, value in vars(args).items() if name not in ("fipo_impl", "fipo_chunk_size")}
-    built_in = Namespace(**{**unset, **sizes, "fipo_step_id": 1, **given})
-    built_in.loss_type, built_in.custom_loss_function_path = "fipo_loss", None
-    validate_fipo_args(built_in)
-    return built_in
+    """The plugin's namespace with a patched slime's settings in it."""
+    config = fipo_config_from_args(args)
+    names = ("decay_rate", "clip_ratio_low", "clip_ratio_high", "clip_high_only", "safety_thresh", "dual_clip_c")
+    settings = {f"fipo_{name}": getattr(config, name) for name in names}
+    return Namespace(**{**vars(args), **settings, "loss_type": "fipo_loss", "custom_loss_function_path": None})
 
 
 def fipo_cases(version: str, world: World) -> dict:
     results = {}
-    for name, case in {**CASES, **FIRST_STEP}.items():
-        if version in case.versions:
+    for name, case in CASES.items():
+        if version in case.versions and is_built_in(case):
             plain = dict(allgather_cp=False) if case.allgather and world.cp == 1 else {}
             results[name] = {
                 "plugin": train_step(case.namespace(**plain), samples_of(case), world),
