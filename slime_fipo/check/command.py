@@ -11,13 +11,12 @@ import argparse
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import OneLineParser, UserError
-from ..plugin.arguments import add_arguments
+from ..plugin.arguments import OWN_FLAGS, actor_args, add_arguments
+from ..plugin.config_files import read_mapping
+from ..plugin.spelling import key_correction, misspelt_flags
 from ..recipes.arguments import add_recipe_arguments
 
 # name: default, as in slime v0.3.0 to main 624b824a and the Megatron-LM that they pin
@@ -99,6 +98,7 @@ _STRINGS = {
     "label-key": None,
     "load": None,
     "load-debug-rollout-data": None,
+    "megatron-config-path": None,
     "moe-layer-freq": None,
     "prompt-data": None,
     "ref-load": None,
@@ -148,7 +148,6 @@ _UNJUDGED = (
     "save-hf",
     "tis-clip",
 )
-OWN_PREFIXES = ("--fipo-", "--no-fipo-", "--overlong-")
 
 
 @dataclass(frozen=True)
@@ -168,13 +167,15 @@ class EvalDataset:
 @dataclass(frozen=True)
 class Command:
     """A train command. ``args`` has slime's names and, as in slime, the values of ``--custom-config-path`` over them;
-    ``script`` is None when only arguments were given; ``own_flags`` are those given that only we know; ``errors`` say
-    what is wrong with the files that hold flags."""
+    ``script`` is None when only arguments were given; ``own_flags`` are those given that only we know, and
+    ``misspelt_own`` says what is wrong with those meant for us; ``errors`` say what is wrong with the files that hold
+    flags."""
 
     args: argparse.Namespace
     launcher: bool
     script: str | None
     misspelt: tuple[tuple[str, str], ...] = ()
+    misspelt_own: tuple[str, ...] = ()
     own_flags: tuple[str, ...] = ()
     eval_datasets: tuple[EvalDataset, ...] = ()
     errors: tuple[str, ...] = ()
@@ -229,11 +230,21 @@ def parse_command(tokens: Sequence[str]) -> Command:
     script = scripts[-1] if scripts else None
     arguments = tokens if script is None else tokens[script + 1 :]
     parser = _parser()
-    args, unknown = parser.parse_known_args(arguments)
+    misspelt_own = dict(misspelt_flags(arguments, parser, OWN_FLAGS))
+    try:
+        args, unknown = parser.parse_known_args(arguments)
+    except UserError:
+        for message in misspelt_own.values():  # says more than the parser
+            raise UserError(message) from None
+        raise
     args.debug_train_only |= args.load_debug_rollout_data is not None
     errors: list[str] = []
     eval_datasets = tuple(_eval_datasets(args, errors))  # before the YAML's values, as in slime
     errors.extend(_merge_custom_config(args, parser))
+    try:
+        actor_args(args)
+    except UserError as error:
+        errors.append(str(error))
 
     given = [token.partition("=")[0] for token in arguments if token.startswith("--")]
     unknown = [token.partition("=")[0] for token in unknown if token.startswith("--")]
@@ -241,8 +252,9 @@ def parse_command(tokens: Sequence[str]) -> Command:
         args,
         launcher=script is None or "slime_fipo" in tokens[:script],
         script=None if script is None else tokens[script],
-        misspelt=tuple(_misspelt(unknown, parser)),
-        own_flags=tuple(flag for flag in given if flag.startswith(OWN_PREFIXES) and flag not in unknown),
+        misspelt=tuple(_misspelt([flag for flag in unknown if flag not in misspelt_own], parser)),
+        misspelt_own=tuple(misspelt_own.values()),
+        own_flags=tuple(flag for flag in given if flag in OWN_FLAGS),
         eval_datasets=eval_datasets,
         errors=tuple(errors),
     )
@@ -260,34 +272,12 @@ def _misspelt(unknown: list[str], parser: argparse.ArgumentParser) -> Iterator[t
             yield flag, dashed
             continue
         longer = [name for name in judged if name.startswith(f"{flag}-")]
-        ours = flag.startswith(OWN_PREFIXES)
-        close = difflib.get_close_matches(dashed, known, n=1, cutoff=0.6 if ours else 0.94)
-        if ours or close or len(longer) == 1:
+        close = difflib.get_close_matches(dashed, known, n=1, cutoff=0.94)
+        if close or len(longer) == 1:
             yield flag, (longer if len(longer) == 1 else [*close, ""])[0]
 
 
 # -- files that hold flags --
-
-
-def _read_mapping(flag: str, path: str) -> dict:
-    """A YAML file's mapping; empty files are empty mappings.
-
-    Raises:
-        UserError: the file cannot be read or holds something else.
-    """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, ValueError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "" if line is None else f" (line {line + 1})"
-        raise UserError(f"{flag} {path} is no YAML{where}; mend it") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise UserError(f"{flag} {path} holds no mapping of names to values; write one 'name: value' per line")
-    return data
 
 
 def _merge_custom_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -296,14 +286,17 @@ def _merge_custom_config(args: argparse.Namespace, parser: argparse.ArgumentPars
     if path is None:
         return
     try:
-        data = _read_mapping("--custom-config-path", path)
+        data = read_mapping("--custom-config-path", path)
     except UserError as error:
         yield str(error)
         return
     actions = {action.dest: action for action in parser._actions}
     for name, value in data.items():
         action = actions.get(name)
-        if action is None and not name.startswith("fipo_"):  # FIPO's own check knows which of those there are
+        if action is None and (message := key_correction(name, OWN_FLAGS)):
+            yield f"{message} in --custom-config-path {path}"
+            continue
+        if action is None:
             close = difflib.get_close_matches(name, actions, n=1, cutoff=0.94)
             if close:
                 yield f"{name} in --custom-config-path {path} is nothing that slime reads; did you mean {close[0]}?"
@@ -355,7 +348,7 @@ def _eval_datasets(args: argparse.Namespace, errors: list[str]) -> Iterator[Eval
 def _eval_config_datasets(path: str, errors: list[str]) -> Iterator[EvalDataset]:
     source = f"--eval-config {path}"
     try:
-        config = _read_mapping("--eval-config", path)
+        config = read_mapping("--eval-config", path)
     except UserError as error:
         errors.append(str(error))
         return

@@ -39,11 +39,10 @@ _NOT_BUILT_IN = ("--fipo-impl", "--fipo-chunk-size")
 
 def launcher(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
     args, script = command.args, command.script
-    for message in command.errors:
+    for message in (*command.errors, *command.misspelt_own):
         yield error(message)
     for flag, close in command.misspelt:
-        hint = f"; did you mean {close}?" if close else "; slime-fipo has none of that name"
-        yield error(f"{flag} is no flag that slime knows, and slime ignores such flags silently{hint}")
+        yield error(f"{flag} is no flag that slime knows, and slime ignores such flags silently; did you mean {close}?")
     found = script is not None and Path(script).is_file()
     built_in = found and (Path(script).parent / "slime" / "utils" / "fipo.py").is_file()
     if command.launcher:

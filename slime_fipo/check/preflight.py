@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..algorithm import FipoConfig
 from ..errors import UserError
-from ..plugin.arguments import fipo_settings, translate
+from ..plugin.arguments import actor_args, fipo_settings, translate
 from .command import Command, parse_command
 from .derived import LARGE, billions_of_parameters, global_batch_size, objective, steps_per_rollout
 from .file_rules import FILE_RULES
@@ -32,7 +32,7 @@ def check_command(command: Command) -> tuple[list[Finding], FipoConfig | None]:
     args.global_batch_size = global_batch_size(args)
     if objective(args) == "fipo_loss":
         try:
-            config = translate(args) if args.loss_type == "fipo_loss" else fipo_settings(args)
+            config = translate(args) if args.loss_type == "fipo_loss" else fipo_settings(actor_args(args))
         except ValueError as problem:
             findings.append(error(str(problem)))
     for rule in (*FLAG_RULES, *FILE_RULES):

@@ -1,53 +1,50 @@
 """FIPO's settings as slime sees them: the flags in slime's parser, what they require of slime's own flags, and the
 namespace that makes an unmodified slime in a Ray actor load our loss.
 
-The objective's own flags and bounds live in ``slime_fipo.algorithm``; the loss itself in ``loss.py``. Nothing here
-imports slime, so that a launcher can import it first.
+The objective's own flags and bounds live in ``slime_fipo.algorithm``, the types of values in ``values.py``, the loss
+itself in ``loss.py``. Nothing here imports slime, so that a launcher can import it first.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import logging
-import os
-import sys
-import weakref
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from ..algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args, fipo_dests
-from ..recipes.arguments import RECIPE_DESTS, add_recipe_arguments
+from ..algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args
+from ..errors import UserError
+from ..recipes.arguments import add_recipe_arguments
+from .config_files import ROLE_CONFIG, role_overrides, with_overrides
+from .spelling import key_correction, names_fipo
+from .values import dest_of, flag_of, read_setting, require_boolean, require_count, require_number, require_text
 
 LOSS_PATH = "slime_fipo.plugin.loss.fipo_loss_function"
 HOOK_PATH = "slime_fipo.plugin.loss.before_train_step_hook"
 MISMATCH_METRICS_PATH = "slime_fipo.plugin.loss.mismatch_metrics_function"
 
-SLIME_DESTS = ("fipo_shift_from", "fipo_allow_single_step", "fipo_log_detail")
-_DESTS = (*fipo_dests(), *SLIME_DESTS)
 # Written into the namespace by us, never by a user.
 _INTERNAL = ("fipo_step_id", "fipo_chained_hook_path")
 _SHIFT_FROM = ("ratio", "train")
 
-# All that ``fipo_settings`` reads, so that a settings object can be reused while none of it changes.
-_READ = (
-    *_DESTS,
-    "advantage_estimator",
-    "compute_advantages_and_returns",
-    "custom_tis_function_path",
-    "eps_clip",
-    "eps_clip_c",
-    "eps_clip_high",
-    "get_mismatch_metrics",
-    "global_batch_size",
-    "keep_old_actor",
-    "n_samples_per_prompt",
-    "rollout_batch_size",
-    "use_rollout_logprobs",
-)
-
-logger = logging.getLogger(__name__)
+# What FIPO reads of slime's own settings, and what each must be where it is set.
+SLIME_SETTINGS = {
+    "advantage_estimator": require_text,
+    "compute_advantages_and_returns": require_boolean,
+    "custom_tis_function_path": require_text,
+    "eps_clip": require_number,
+    "eps_clip_c": require_number,
+    "eps_clip_high": require_number,
+    "get_mismatch_metrics": require_boolean,
+    "global_batch_size": require_count,
+    "keep_old_actor": require_boolean,
+    "n_samples_per_prompt": require_count,
+    "num_steps_per_rollout": require_count,
+    "rollout_batch_size": require_count,
+    "use_rollout_logprobs": require_boolean,
+}
+# What the rollout side cuts steps by, in every slime: an actor's own value would change its learning rate alone.
+_ROLLOUT_SIZES = ("global_batch_size", "n_samples_per_prompt", "num_steps_per_rollout", "rollout_batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -95,28 +92,83 @@ def _add_fipo_group(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def fipo_settings(args: argparse.Namespace) -> FipoConfig:
-    """The effective settings of a parsed slime namespace, with everything checked that FIPO needs of slime's flags.
+_GROUP = _add_fipo_group(argparse.ArgumentParser(add_help=False))
+_SETTINGS = {action.dest: action for action in _GROUP._actions}
+_RECIPE_SETTINGS = {a.dest: a for a in add_recipe_arguments(argparse.ArgumentParser(add_help=False))._actions}
+FIPO_DESTS = tuple(_SETTINGS)
+FIPO_FLAGS = frozenset(_GROUP._option_string_actions)
+OWN_FLAGS = FIPO_FLAGS | {flag for action in _RECIPE_SETTINGS.values() for flag in action.option_strings}
 
-    Costs microseconds when called again with the same values, so that the loss can check on every micro-batch.
+
+def uses_fipo(args: argparse.Namespace) -> bool:
+    """Whether slime will train with our loss: by name, or by the loss function's import path."""
+    by_path = args.loss_type == "custom_loss" and getattr(args, "custom_loss_function_path", None) == LOSS_PATH
+    return args.loss_type == "fipo_loss" or by_path
+
+
+def fipo_settings(args: argparse.Namespace) -> FipoConfig:
+    """The effective settings of a namespace as slime's training actors have it, with everything checked that FIPO needs
+    of slime's flags.
 
     Raises:
-        ValueError: names the flags and what to do instead.
+        ValueError: names the flag and what to do instead.
     """
     _check_names(args)
-    values = tuple(getattr(args, name, None) for name in _READ)
+    values = _values(args)
+    config = fipo_config_from_args(values)
+    _check_slime(values, config)
+    return config
+
+
+def logs_detail(args: argparse.Namespace) -> bool:
+    """Whether all metrics are wanted, and not the default ones alone."""
+    return bool(read_setting(_SETTINGS["fipo_log_detail"], getattr(args, "fipo_log_detail", None)))
+
+
+def _values(args: argparse.Namespace) -> argparse.Namespace:
+    """Our settings and what we read of slime's, each of its type or None."""
+    slime = {name: getattr(args, name, None) for name in SLIME_SETTINGS}
+    with _naming(_files(args)):
+        own = {name: read_setting(action, getattr(args, name, None)) for name, action in _SETTINGS.items()}
+        check_values(slime)
+    if own["fipo_clip_ratio_low"] == own["fipo_clip_ratio_high"] == own["fipo_clip_ratio"]:
+        own["fipo_clip_ratio"] = None  # translate() wrote both sides, and slime put an actor's own value over that
+    return argparse.Namespace(**slime, **own)
+
+
+def check_values(values: Mapping[str, Any], files: Sequence[str] = ()) -> None:
+    """Refuse values that are not of their setting's type, of our settings and of those that FIPO reads of slime's.
+
+    Args:
+        values: name -> value; None is not set, and other names are not looked at.
+        files: flags and paths of the files that the values may come from, for the message.
+
+    Raises:
+        UserError: names the flag and how to write the value.
+    """
+    with _naming(files):
+        for name, value in values.items():
+            if value is not None and name in SLIME_SETTINGS:
+                SLIME_SETTINGS[name](name, value)
+            elif name in _SETTINGS or name in _RECIPE_SETTINGS:
+                read_setting((_SETTINGS | _RECIPE_SETTINGS)[name], value)
+
+
+def _files(args: argparse.Namespace) -> list[str]:
+    named = {flag: getattr(args, dest_of(flag), None) for flag in ("--custom-config-path", ROLE_CONFIG)}
+    return [f"{flag} {path}" for flag, path in named.items() if path is not None]
+
+
+@contextlib.contextmanager
+def _naming(files: Sequence[str]) -> Iterator[None]:
+    """Values of flags have passed argparse, so what is not of its type comes from a file."""
     try:
-        return _checked(values)
-    except TypeError:  # a YAML file put a list or a mapping where a flag's value belongs
-        name = next(n for n, v in zip(_READ, values, strict=True) if isinstance(v, (list, dict, set)))
-        raise ValueError(f"{_flag(name)} is {getattr(args, name)!r}; it must be a single value") from None
+        yield
+    except UserError as error:
+        raise UserError(f"{error} in {' or '.join(files)}" if files else str(error)) from None
 
 
-@functools.lru_cache(maxsize=16)
-def _checked(values: tuple) -> FipoConfig:
-    args = argparse.Namespace(**dict(zip(_READ, values, strict=True)))
-    config = fipo_config_from_args(args)
-
+def _check_slime(args: argparse.Namespace, config: FipoConfig) -> None:
     c = config.dual_clip_c
     if args.eps_clip_c is not None and args.eps_clip_c != c:
         raise ValueError(
@@ -131,19 +183,13 @@ def _checked(values: tuple) -> FipoConfig:
     if args.compute_advantages_and_returns is False:
         raise ValueError("--disable-compute-advantages-and-returns leaves FIPO no advantages to weight; drop it")
 
-    for name in ("fipo_allow_single_step", "fipo_log_detail"):
-        if getattr(args, name) not in (None, True, False):
-            raise ValueError(f"{_flag(name)} is {getattr(args, name)!r}; it must be true or false")
-    if args.fipo_shift_from not in (None, *_SHIFT_FROM):
-        raise ValueError(f"--fipo-shift-from is {args.fipo_shift_from!r}; it must be one of {', '.join(_SHIFT_FROM)}")
     if shift_is_apart(args) and not args.get_mismatch_metrics:
         raise ValueError(
-            "--fipo-shift-from train beside --use-rollout-logprobs needs Megatron's log-probs, which slime recomputes"
+            "--fipo-shift-from train with --use-rollout-logprobs needs Megatron's log-probs, which slime recomputes"
             f" with --get-mismatch-metrics --custom-tis-function-path {MISMATCH_METRICS_PATH}; add both"
             " (python3 -m slime_fipo with --loss-type fipo_loss does)"
         )
     _check_steps_per_rollout(args)
-    return config
 
 
 def shift_is_apart(args: argparse.Namespace) -> bool:
@@ -178,55 +224,90 @@ def _check_steps_per_rollout(args: argparse.Namespace) -> None:
         )
 
 
-def _flag(dest: str) -> str:
-    return "--" + dest.replace("_", "-")
+def check_keys(keys: Iterable[str], file: str) -> None:
+    """Refuse keys of a YAML file that mean to be settings of ours and are not, so that slime would ignore them.
+
+    Args:
+        keys: of the file.
+        file: its flag and path, for the message.
+    """
+    known = (*_SETTINGS, *_RECIPE_SETTINGS)
+    for key in keys:
+        if key not in known and (message := key_correction(key, OWN_FLAGS)):
+            raise UserError(f"{message} in {file}")
 
 
 def _check_names(args: argparse.Namespace) -> None:
-    """Refuse ``fipo_*`` attributes that are no setting of ours, such as a misspelt key of ``--custom-config-path``."""
-    global _names_checked
-    if _names_checked() is args:  # slime's namespace has some 1,500 attributes: look through them once
-        return
-    unknown = sorted(n for n in vars(args) if n.startswith("fipo_") and n not in _DESTS and n not in _INTERNAL)
-    if unknown:
-        raise ValueError(f"{unknown[0]} is no FIPO setting; there are {', '.join(_DESTS)}")
-    _names_checked = weakref.ref(args)
+    """Refuse attributes that name FIPO and are no setting, such as a misspelt key of ``--custom-config-path``."""
+    for name in vars(args):
+        if "fipo" in name.lower() and name not in _SETTINGS and name not in _INTERNAL:
+            with _naming(_files(args)):
+                raise UserError(key_correction(name, FIPO_FLAGS))
 
 
-_names_checked: Callable[[], argparse.Namespace | None] = lambda: None  # noqa: E731
+def actor_args(args: argparse.Namespace) -> argparse.Namespace:
+    """The driver's namespace as slime hands it to its training actors: with ``--megatron-config-path`` over it.
+
+    Raises:
+        UserError: the file cannot be used, or it overrides what decides whether and how FIPO runs.
+    """
+    path = getattr(args, "megatron_config_path", None)
+    if path is None:
+        return args
+    roles, file = role_overrides(path), f"{ROLE_CONFIG} {path}"
+    overrides = roles.get("actor", {})
+    by_path = overrides.get("custom_loss_function_path") == LOSS_PATH
+    named = [role for role, values in roles.items() if names_fipo(values.get("loss_type"))]
+    if named or by_path or (uses_fipo(args) and "loss_type" in overrides):
+        raise UserError(
+            f"loss_type of the {(*named, 'actor')[0]} in {file} wins over the command line and does not turn FIPO on;"
+            " drop it there and put --loss-type fipo_loss on the command line"
+        )
+    if uses_fipo(args):
+        check_keys(overrides, file)
+        for name in (*_ROLLOUT_SIZES, "custom_loss_function_path", "custom_megatron_before_train_step_hook_path"):
+            if name in overrides:
+                raise UserError(
+                    f"{name} of the actor in {file} would not fit the run's; drop it and use {flag_of(name)}"
+                )
+    with _naming([file]):
+        return with_overrides(args, overrides)
 
 
 def translate(args: argparse.Namespace) -> FipoConfig:
     """Turn a namespace parsed with ``--loss-type fipo_loss`` into one that an unmodified slime can train with.
 
-    ``loss_type`` becomes ``custom_loss`` with our import path, the FIPO attributes take their effective values (plain
-    numbers and strings, as a tracker's config shows them), a user's before-train-step hook is chained behind ours,
-    and with ``--fipo-shift-from train`` slime is made to recompute Megatron's log-probs.
+    ``loss_type`` becomes ``custom_loss`` with our import path, the FIPO attributes take the effective values that the
+    training actors will have (plain numbers and strings, as a tracker's config shows them), a user's before-train-step
+    hook is chained behind ours, and with ``--fipo-shift-from train`` slime is made to recompute Megatron's log-probs.
 
     Raises:
         ValueError: from the checks of :func:`fipo_settings`, or for hooks that leave no room for ours.
     """
+    actor = actor_args(args)
     if args.custom_loss_function_path is not None:
-        raise ValueError("--custom-loss-function-path has no effect with --loss-type fipo_loss; drop one of them")
-    if shift_is_apart(args) and not args.get_mismatch_metrics:
-        if args.custom_tis_function_path is not None:
-            raise ValueError(
+        raise UserError("--custom-loss-function-path has no effect with --loss-type fipo_loss; drop one of them")
+    if shift_is_apart(actor) and not actor.get_mismatch_metrics:
+        if actor.custom_tis_function_path is not None:
+            raise UserError(
                 "--custom-tis-function-path has no effect without --use-tis or --get-mismatch-metrics, and"
                 " --fipo-shift-from train turns the latter on; add --get-mismatch-metrics or drop"
                 " --custom-tis-function-path"
             )
         args.get_mismatch_metrics = True
         args.custom_tis_function_path = MISMATCH_METRICS_PATH
-    config = fipo_settings(args)
+        actor = actor_args(args)
+    config = fipo_settings(actor)
 
-    effective = {f"fipo_{name}": "none" if value is None else value for name, value in config.as_dict().items()}
+    effective = {name: read_setting(action, getattr(actor, name, None)) for name, action in _SETTINGS.items()}
+    effective |= {f"fipo_{name}": "none" if value is None else value for name, value in config.as_dict().items()}
     effective["fipo_unclipped"] = not effective.pop("fipo_clip_influence")
     if effective["fipo_unclipped"]:
         effective.update(dict.fromkeys(("fipo_clip_ratio_low", "fipo_clip_ratio_high", "fipo_clip_high_only")))
     effective["fipo_clip_ratio"] = None
-    effective["fipo_shift_from"] = args.fipo_shift_from or "ratio"
-    effective["fipo_allow_single_step"] = bool(args.fipo_allow_single_step)
-    effective["fipo_log_detail"] = bool(args.fipo_log_detail)
+    effective["fipo_shift_from"] = effective["fipo_shift_from"] or "ratio"
+    effective["fipo_allow_single_step"] = bool(effective["fipo_allow_single_step"])
+    effective["fipo_log_detail"] = bool(effective["fipo_log_detail"])
     vars(args).update(effective)
 
     args.loss_type = "custom_loss"
@@ -234,79 +315,3 @@ def translate(args: argparse.Namespace) -> FipoConfig:
     args.fipo_chained_hook_path = args.custom_megatron_before_train_step_hook_path
     args.custom_megatron_before_train_step_hook_path = HOOK_PATH
     return config
-
-
-def extend_slime_arguments(module: ModuleType) -> None:
-    """Patch the module ``slime.utils.arguments``, once imported, so that its ``parse_args`` knows FIPO.
-
-    With ``--loss-type fipo_loss`` the returned namespace is what :func:`translate` makes of it, and any mistake in it
-    ends the program with one line and exit code 2, as argparse does. Otherwise the namespace is slime's own.
-
-    Raises:
-        RuntimeError: the module lacks the two functions that we rely on.
-    """
-    for name in ("parse_args", "get_slime_extra_args_provider"):
-        if not callable(getattr(module, name, None)):
-            raise RuntimeError(f"{module.__name__} has no {name}; slime v0.3.0, v0.3.1 and main 624b824a have")
-    get_provider, parse_args = module.get_slime_extra_args_provider, module.parse_args
-
-    @functools.wraps(get_provider)
-    def get_extended_provider(*args, **kwargs):
-        add_slime_arguments = get_provider(*args, **kwargs)
-
-        def add_extended_arguments(parser):
-            parser = add_slime_arguments(parser)
-            with _one_line_errors():
-                add_arguments(parser)
-            return add_recipe_arguments(parser)
-
-        return add_extended_arguments
-
-    @functools.wraps(parse_args)
-    def parse_args_with_fipo(*args, **kwargs):
-        namespace = parse_args(*args, **kwargs)
-        with _one_line_errors():
-            _finish(namespace)
-        return namespace
-
-    module.get_slime_extra_args_provider = get_extended_provider
-    module.parse_args = parse_args_with_fipo
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """End the program as argparse does, without slime's 1,500 flags as its usage."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _finish(args: argparse.Namespace) -> None:
-    _check_command_line(args)
-    for name in RECIPE_DESTS:  # flags that were not given leave no trace
-        if getattr(args, name, None) is None:
-            vars(args).pop(name, None)
-    if args.loss_type != "fipo_loss":
-        for name in _DESTS:  # what --custom-config-path set for the route through custom_loss stays
-            if getattr(args, name, None) is None:
-                vars(args).pop(name, None)
-        return
-    config = translate(args)
-    from . import loss  # noqa: F401  a slime whose loss path we do not know is refused here, not on the GPUs
-
-    logger.info("FIPO: %s", ", ".join(f"{name}={value}" for name, value in config.as_dict().items()))
-
-
-def _check_command_line(args: argparse.Namespace) -> None:
-    """slime's parser ignores flags that it does not know; a misspelt FIPO flag must not pass for a default."""
-    given = [t.partition("=")[0] for t in sys.argv[1:] if t.startswith(("--fipo-", "--no-fipo-"))]
-    known = _add_fipo_group(argparse.ArgumentParser())._option_string_actions
-    for flag in given:
-        if flag not in known:
-            raise ValueError(
-                f"{flag} is no FIPO flag; there are {', '.join(f for f in known if f.startswith('--fipo-'))}"
-            )
-    if given and args.loss_type != "fipo_loss":
-        raise ValueError(f"{given[0]} needs --loss-type fipo_loss; it is {args.loss_type}")
