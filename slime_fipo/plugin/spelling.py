@@ -22,7 +22,7 @@ TURN_ON = "--loss-type fipo_loss"
 
 @dataclass(frozen=True)
 class OtherName:
-    """A setting's name elsewhere. ``flag`` is ours, empty where it is fixed here; ``note`` says what differs."""
+    """A setting's name elsewhere. ``flag`` is the one here, empty where it is fixed; ``note`` says what differs."""
 
     framework: str
     name: str
@@ -38,6 +38,9 @@ OTHER_NAMES = (
     OtherName(VERL, "policy_loss.future_kl_clip_high_only", "--fipo-clip-high-only"),
     OtherName(VERL, "policy_loss.safety_thresh", "--fipo-safety-thresh"),
     OtherName(VERL, "clip_ratio_c", "--fipo-dual-clip-c"),
+    OtherName(VERL, "clip_ratio", "--eps-clip", "PPO's clip; FIPO's is --fipo-clip-ratio"),
+    OtherName(VERL, "clip_ratio_low", "--eps-clip", "PPO's clip; FIPO's is --fipo-clip-ratio-low"),
+    OtherName(VERL, "clip_ratio_high", "--eps-clip-high", "PPO's clip; FIPO's is --fipo-clip-ratio-high"),
     OtherName(VERL, "policy_loss.future_kl_start", "", "Future-KL always includes the current token here"),
     OtherName(VERL, "policy_loss.future_kl_window", "", "Future-KL always runs to the end of the response here"),
     OtherName(VERL, "policy_loss.future_kl_average", "", "Future-KL is always a sum here"),
@@ -71,9 +74,9 @@ OTHER_NAMES = (
     ),
 )
 
-# All flags of slime, Megatron-LM and SGLang are less like ours than 0.7 (the nearest: --eps-clip-high); one wrong,
-# missing or swapped letter leaves even the shortest of ours above 0.8.
-_ALIKE = 0.75
+# How alike a name without «fipo» or «overlong» in it must be: with one wrong, missing or swapped letter even the
+# shortest of ours stays above 0.87; all flags of slime, Megatron-LM and SGLang are below 0.7.
+_ALIKE = 0.85
 _DASHES = "-‐‑‒–—―−﹣－"  # word processors make typographic dashes of hyphens
 _PLAIN_DASHES = str.maketrans(dict.fromkeys(_DASHES, "-"))
 _LOSS_NAMES = ("fipo", "fipoloss", "futurekl")
@@ -147,7 +150,7 @@ def key_correction(key: str, own: Collection[str]) -> str:
     that they are FIPO's.
     """
     meaning = _meaning(key, own)
-    if meaning is None or (meaning.other is not None and not _says_fipo(key)):
+    if meaning is None or meaning.elsewhere:
         return ""
     if not meaning.flag:
         note = meaning.other.note if meaning.other else f"there are {', '.join(sorted({_key(flag) for flag in own}))}"
@@ -166,6 +169,7 @@ class _Meaning:
     certain: bool = False
     negated: bool = False
     other: OtherName | None = None
+    elsewhere: bool = False  # a name without ours in it, which could be a key of the user's own
 
 
 def _meaning(written: str, own: Collection[str]) -> _Meaning | None:
@@ -176,11 +180,14 @@ def _meaning(written: str, own: Collection[str]) -> _Meaning | None:
     if name.startswith("no-") and (flag := by_letters.get(_letters(name[3:]))):
         return _Meaning(flag, negated=True)
     if other := _other_name(written):
-        return _Meaning(other.flag, other=other)
+        return _Meaning(other.flag, other=other, elsewhere=not _says_fipo(name))
+    if "-" in name and (flag := by_letters.get(f"fipo{_letters(name)}")):
+        return _Meaning(flag, elsewhere=True)  # the prefix is missing
     ours = name.replace("future-kl", "fipo")
     names = {flag.lstrip("-"): flag for flag in own}
     longer = [known for known in names if known.startswith(f"{ours}-")]
-    close = difflib.get_close_matches(ours, longer, 1, 0) or difflib.get_close_matches(ours, names, 1, _ALIKE)
+    alike = 0.6 if _says_fipo(name) else _ALIKE
+    close = difflib.get_close_matches(ours, longer, 1, 0) or difflib.get_close_matches(ours, names, 1, alike)
     if close:
         return _Meaning(names[close[0]])
     return _Meaning() if _says_fipo(name) else None
