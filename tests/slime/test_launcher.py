@@ -104,7 +104,8 @@ def test_interrupt_ends_it_with_the_signal(directory):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
-    assert errors.strip().endswith("KeyboardInterrupt") and "__main__.py" not in errors
+    assert errors.strip().endswith("KeyboardInterrupt")
+    assert "__main__.py" not in errors and "launch.py" not in errors
 
 
 def test_multiprocessing_finds_the_script(directory):
@@ -152,6 +153,48 @@ def test_parser_is_extended_whenever_the_script_imports_it(directory):
     assert refused.stderr == "train.py: error: --fipo-decay-rate needs --loss-type fipo_loss; it is policy_loss\n"
     group = start(["-m", "slime_fipo"], script, "--help")
     assert "FIPO:" in group.stdout and "policy_loss,custom_loss,fipo_loss" in group.stdout
+
+
+RETRY = """
+    try:
+        import slime.utils.arguments
+    except ImportError as error:
+        print("first:", error)
+    from slime.utils.arguments import parse_args
+    print(sorted(name for name in vars(parse_args()) if name.startswith("fipo_d")))
+    """
+
+
+def test_an_import_that_failed_is_extended_when_it_is_tried_again(directory):
+    """As where a package of slime's is not there at first, or a file system comes late."""
+    arguments = directory / "slime" / "utils" / "arguments.py"
+    once = (
+        'import os\nif not os.path.exists("tried"):\n    open("tried", "w").close()\n    raise ImportError("not yet")\n'
+    )
+    arguments.write_text(once + SLIME_ARGUMENTS)
+    script = write(directory, RETRY)
+    refused = start(["-m", "slime_fipo"], script, "--fipo_decay_rate", "3", cwd=directory)
+    assert refused.stdout == "first: not yet\n"
+    assert (
+        refused.stderr
+        == "train.py: error: --fipo_decay_rate is not a flag, and slime ignores it; write --fipo-decay-rate\n"
+    )
+    (directory / "tried").unlink()
+    found = start(["-m", "slime_fipo"], script, "--help", cwd=directory)
+    assert found.stdout.startswith("first: not yet\n") and "--fipo-decay-rate" in found.stdout
+
+
+def test_a_reloaded_module_is_extended_once(directory):
+    script = write(
+        directory,
+        """
+        import importlib, slime.utils.arguments as module
+        module = importlib.reload(module)
+        print(module.parse_args(), module.parse_args.__wrapped__.__code__.co_filename == module.__file__)
+        """,
+    )
+    run = start(["-m", "slime_fipo"], script)
+    assert run.stdout == "Namespace(loss_type='policy_loss') True\n", run.stderr
 
 
 def test_a_slime_with_fipo_built_in_is_refused(directory):

@@ -127,7 +127,7 @@ def test_shift_from_train_reports_the_engines_mismatch(results):
         ("eps_clip_c", "--eps-clip-c 3.0 contradicts --fipo-dual-clip-c 10"),
         ("eps_clip_high", "--fipo-dual-clip-c is 2; it must be above 1 + --eps-clip-high = 5"),
         ("decay_rate", "--fipo-decay-rate is 0"),
-        ("misspelt", "fipo_decayrate is no FIPO setting"),
+        ("misspelt", "fipo_decayrate is not a setting; write fipo_decay_rate"),
         ("list", "--fipo-decay-rate is [32]"),
     ],
 )

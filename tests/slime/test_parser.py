@@ -77,7 +77,10 @@ ERRORS = {
         [*BATCH, *FIPO, "--eps-clip-c", "3", "--fipo-dual-clip-c", "none"],
         "--eps-clip-c 3.0 contradicts --fipo-dual-clip-c none",
     ),
-    "misspelt": ([*BATCH, *FIPO, "--fipo-decayrate", "3"], "--fipo-decayrate is no FIPO flag"),
+    "misspelt": (
+        [*BATCH, *FIPO, "--fipo-decayrate", "3"],
+        "--fipo-decayrate is not a flag, and slime ignores it; write --fipo-decay-rate",
+    ),
     "flags_without_the_loss": ([*BATCH, "--fipo-decay-rate", "3"], "--fipo-decay-rate needs --loss-type fipo_loss"),
     "negated_without_the_loss": ([*BATCH, "--no-fipo-unclipped"], "--no-fipo-unclipped needs --loss-type fipo_loss"),
     "custom_loss_function": (
@@ -88,13 +91,51 @@ ERRORS = {
         [*BATCH, *TRAIN_FROM_ROLLOUT, "--custom-tis-function-path", "a.b"],
         "--custom-tis-function-path has no effect",
     ),
-    "yaml_misspelt": ([*BATCH, *FIPO, "--custom-config-path", "misspelt.yaml"], "fipo_decayrate is no FIPO setting"),
+    "yaml_misspelt": (
+        [*BATCH, *FIPO, "--custom-config-path", "misspelt.yaml"],
+        "fipo_decayrate is not a setting; write fipo_decay_rate",
+    ),
     "yaml_list": ([*BATCH, *FIPO, "--custom-config-path", "list.yaml"], "--fipo-decay-rate is [3]"),
+    "underscores": ([*BATCH, *FIPO, "--fipo_decay_rate", "64"], "write --fipo-decay-rate"),
+    "one_dash": ([*BATCH, *FIPO, "-fipo-decay-rate=64"], "write --fipo-decay-rate"),
+    "ms_swift": ([*BATCH, *FIPO, "--fipo_safety_threshold", "4"], "ms-swift's name, and slime ignores it"),
+    "overlong": ([*BATCH, "--overlong-bufer-len", "4"], "did you mean --overlong-buffer-len?"),
+    "switch_with_false": ([*BATCH, *FIPO, "--fipo-clip-high-only", "false"], "write --no-fipo-clip-high-only"),
+    "switch_is_false": ([*BATCH, *FIPO, "--fipo-clip-high-only=false"], "write --no-fipo-clip-high-only"),
+    "loss_type_underscored": ([*BATCH, "--loss_type", "fipo_loss"], "use --loss-type fipo_loss"),
+    "batch_of_zero": (["--global-batch-size", "0", *FIPO], "--global-batch-size is 0; it must be a whole number of"),
+    "negative_batch": (["--global-batch-size", "-8", *FIPO], "--global-batch-size is -8; it must be"),
+    "part_of_a_batch": (["--global-batch-size", "8.5", *FIPO], "--global-batch-size is the text '8.5'; it must be"),
+    "no_steps": (["--num-steps-per-rollout", "0", *FIPO], "--num-steps-per-rollout is 0; it must be"),
+    "yaml_text": ([*BATCH, *FIPO, "--custom-config-path", "text.yaml"], "write eps_clip_high: 0.28 in --custom-config"),
+    "yaml_batch": (
+        [*BATCH, *FIPO, "--custom-config-path", "batch.yaml"],
+        "write global_batch_size: 8 in --custom-conf",
+    ),
+    "yaml_missing": ([*BATCH, *FIPO, "--custom-config-path", "missing.yaml"], "cannot be read"),
+    "yaml_without_the_loss": (
+        [*BATCH, "--custom-config-path", "fipo.yaml"],
+        "fipo.yaml needs --loss-type fipo_loss; it is policy_loss",
+    ),
+    "role_missing": ([*BATCH, *FIPO, "--megatron-config-path", "missing.yaml"], "missing.yaml cannot be read"),
+    "role_policy_loss": ([*BATCH, *FIPO, "--megatron-config-path", "policy.yaml"], "loss_type of the actor in "),
+    "role_fipo_loss": (
+        [*BATCH, "--megatron-config-path", "fipo_loss.yaml"],
+        "put --loss-type fipo_loss on the command",
+    ),
+    "role_gspo": ([*BATCH, *FIPO, "--megatron-config-path", "gspo.yaml"], "--advantage-estimator gspo"),
     "lacking_slime": ([*BATCH, *FIPO], "slime.backends.megatron_utils.loss.compute_policy_loss"),
 }
 YAML = {
     "misspelt.yaml": "fipo_decayrate: 3",
     "list.yaml": "fipo_decay_rate: [3]",
+    "text.yaml": "eps_clip_high: 28e-2",
+    "batch.yaml": 'global_batch_size: "8"',
+    "policy.yaml": "megatron: [{role: actor, overrides: {loss_type: policy_loss}}]",
+    "fipo_loss.yaml": "megatron: [{role: actor, overrides: {loss_type: fipo_loss}}]",
+    "gspo.yaml": "megatron: [{role: actor, overrides: {advantage_estimator: gspo}}]",
+    "roles.yaml": "megatron: [{role: actor, overrides: {fipo_clip_ratio: 0.3, eps_clip_high: '3e-1', lr: 2e-6}}]",
+    "words.yaml": 'fipo_unclipped: "false"\nfipo_log_detail: "yes"\n',
     "fipo.yaml": "fipo_decay_rate: 48.0\nfipo_preset: 7b\nfipo_safety_thresh: none\n",
     "route.yaml": f"fipo_decay_rate: 48.0\nloss_type: custom_loss\ncustom_loss_function_path: {LOSS_PATH}\n",
 }
@@ -131,6 +172,10 @@ def cases(tmp_path: Path, version: str) -> dict:
         "hook": wrapped(*BATCH, *FIPO, "--custom-megatron-before-train-step-hook-path", "my.hook"),
         "same_c": wrapped(*BATCH, *FIPO, "--eps-clip-c", "3", "--fipo-dual-clip-c", "3"),
         "yaml": wrapped(*BATCH, *FIPO, "--custom-config-path", str(tmp_path / "fipo.yaml")),
+        "words": wrapped(*BATCH, *FIPO, "--custom-config-path", str(tmp_path / "words.yaml")),
+        "roles": wrapped(
+            *BATCH, *FIPO, "--fipo-decay-rate", "48", "--megatron-config-path", str(tmp_path / "roles.yaml")
+        ),
         "yaml_route": wrapped(*BATCH, "--custom-config-path", str(tmp_path / "route.yaml")),
         "yaml_route_alone": alone(*BATCH, "--custom-config-path", str(tmp_path / "route.yaml")),
         "help": wrapped("--help"),
@@ -219,6 +264,15 @@ def test_settings_reach_the_namespace(parsed):
         "'none'",
         "'custom_loss'",
     )
+
+
+def test_words_and_overrides_are_read_as_meant(parsed):
+    words = namespace(parsed["words"])
+    assert (words["fipo_unclipped"], words["fipo_log_detail"], words["fipo_clip_ratio_low"]) == ("False", "True", "0.2")
+    roles = namespace(parsed["roles"])
+    names = ("fipo_clip_ratio_low", "fipo_clip_ratio_high", "fipo_decay_rate", "eps_clip_high", "lr")
+    # The actor's own values of slime's settings are put over these later, by slime.
+    assert [roles[name] for name in names] == ["0.3", "0.3", "48.0", "0.28", "1e-06"]
 
 
 def test_shift_from_train_has_slime_recompute_log_probs(parsed):
