@@ -1,4 +1,6 @@
 """FIPO inside unmodified slime: its flags in slime's parser, its weights in slime's Megatron policy loss.
 
-``arguments`` needs no slime until it is asked to extend slime's parser; ``loss`` imports slime and megatron-core.
+``arguments`` settles what a run's settings are, with ``values``, ``config_files`` and ``spelling``; none of them needs
+slime. ``parser`` puts them into slime's parser, ``loss`` imports slime and megatron-core, and ``preemption`` saves on
+SIGTERM. Imports go one way: parser, loss, arguments.
 """

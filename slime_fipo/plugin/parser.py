@@ -112,6 +112,7 @@ def _check_before_slime(arguments: Sequence[str]) -> None:
     path = given.custom_config_path
     data = {} if path is None else read_mapping(CUSTOM_CONFIG, path)
     check_keys(data, f"{CUSTOM_CONFIG} {path}")
+    check_values({name: data.get(name) for name in RECIPE_DESTS}, [f"{CUSTOM_CONFIG} {path}"])
     if uses_fipo(argparse.Namespace(**{**vars(given), **data})):
         sizes = {dest_of(flag): getattr(given, dest_of(flag)) for flag in _SIZES}
         check_values({name: _whole(text) for name, text in sizes.items()})

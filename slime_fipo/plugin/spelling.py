@@ -101,6 +101,8 @@ def misspelt_flags(
         if not _is_flag(word):
             if free > 0:
                 free -= 1
+            elif not word.strip():
+                continue  # a variable of the launch script that is empty
             elif message := _in_another_form(word, own):
                 yield written, message
             elif flag in own:

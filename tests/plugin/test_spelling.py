@@ -156,6 +156,7 @@ def test_what_is_meant_is_said(words):
         "--prompt-data fipo_decay_rate.jsonl",
         "--eval-prompt-data fipo_preset=7b fipo_decay_rate=64 --colocate",
         "--spec a 'b --fipo_decay_rate'",
+        "--fipo-preset 7b '' ' ' --colocate ''",
         "--fipo-dual-clip-c -3 --fipo-clip-ratio-low=-0.1",
         "--loss_type policy_loss --kl-loss-type k1",
         "--lr-decay-rate 3 --log-probs-chunk-size 4 --eps-clip-high 0.28",
