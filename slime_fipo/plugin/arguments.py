@@ -120,9 +120,13 @@ def fipo_settings(args: argparse.Namespace) -> FipoConfig:
     return config
 
 
-def logs_detail(args: argparse.Namespace) -> bool:
-    """Whether all metrics are wanted, and not the default ones alone."""
-    return bool(read_setting(_SETTINGS["fipo_log_detail"], getattr(args, "fipo_log_detail", None)))
+def is_on(args: argparse.Namespace, name: str) -> bool:
+    """Whether a switch of ours is on, such as ``fipo_log_detail``; a YAML file may say it as a text.
+
+    Raises:
+        UserError: the value is no boolean.
+    """
+    return bool(read_setting(_SETTINGS[name], getattr(args, name, None)))
 
 
 def _values(args: argparse.Namespace) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..algorithm import FipoConfig, FipoWeights, fipo_weights
 from ..algorithm.context_parallel import ContextParallel
 from ..algorithm.weights import METRICS
-from .arguments import fipo_settings, logs_detail, shift_is_apart
+from .arguments import fipo_settings, is_on, shift_is_apart
 
 DEFAULT_METRICS = (
     "future_kl",
@@ -87,7 +87,7 @@ def fipo_loss_function(args: Namespace, batch: dict, logits: Tensor, sum_of_samp
     _check_batch(args, batch)
     loss_mask, lengths, cp = _layout(args, batch, config)
     log_shift_noise = _shift_is_engine_mismatch(args)
-    names = (*METRICS,) if logs_detail(args) else DEFAULT_METRICS
+    names = (*METRICS,) if is_on(args, "fipo_log_detail") else DEFAULT_METRICS
     result: FipoWeights | None = None
 
     def weighted_policy_loss(ppo_kl: Tensor, advantages: Tensor, eps_clip: float, eps_clip_high: float, **_):

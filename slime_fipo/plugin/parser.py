@@ -113,6 +113,9 @@ def _check_before_slime(arguments: Sequence[str]) -> None:
     data = {} if path is None else read_mapping(CUSTOM_CONFIG, path)
     check_keys(data, f"{CUSTOM_CONFIG} {path}")
     check_values({name: data.get(name) for name in RECIPE_DESTS}, [f"{CUSTOM_CONFIG} {path}"])
+    loss_type = data.get("loss_type", given.loss_type)
+    if names_fipo(loss_type) and loss_type != "fipo_loss":
+        raise UserError(f"--loss-type is {loss_type}; use {TURN_ON}")
     if uses_fipo(argparse.Namespace(**{**vars(given), **data})):
         sizes = {dest_of(flag): getattr(given, dest_of(flag)) for flag in _SIZES}
         check_values({name: _whole(text) for name, text in sizes.items()})
@@ -144,8 +147,6 @@ def _finish(args: argparse.Namespace) -> None:
 
 def _check_without_fipo_loss(args: argparse.Namespace) -> None:
     """Settings of FIPO's must not stand idle, and the route through ``custom_loss`` is judged now, not on the GPUs."""
-    if names_fipo(args.loss_type):
-        raise UserError(f"--loss-type is {args.loss_type}; use {TURN_ON}")
     given = [flag for flag in (word.partition("=")[0] for word in sys.argv[1:]) if flag in FIPO_FLAGS]
     if given:
         raise UserError(f"{given[0]} needs {TURN_ON}; it is {args.loss_type}")

@@ -22,7 +22,7 @@ from slime_fipo.plugin.arguments import (
     actor_args,
     check_values,
     fipo_settings,
-    logs_detail,
+    is_on,
     translate,
 )
 from slime_fipo.plugin.config_files import with_overrides
@@ -138,7 +138,7 @@ def test_a_word_for_a_boolean_means_what_it_says(name, word):
 
 @pytest.mark.parametrize(("value", "detail"), [("false", False), ("true", True), (0, False), (1, True), (None, False)])
 def test_detail_is_not_a_matter_of_truthiness(value, detail):
-    assert logs_detail(slime_args(fipo_log_detail=value)) is detail
+    assert is_on(slime_args(fipo_log_detail=value), "fipo_log_detail") is detail
 
 
 SPELT = {
@@ -252,7 +252,7 @@ def test_what_the_launcher_checked_is_what_the_actor_computes_with(flags, overri
     actor = with_overrides(args, overrides)  # slime does it on the translated namespace
     assert actor.loss_type == "custom_loss" and actor.custom_loss_function_path == LOSS_PATH
     assert fipo_settings(actor) == config
-    assert logs_detail(actor) == logs_detail(merged)
+    assert is_on(actor, "fipo_log_detail") == is_on(merged, "fipo_log_detail")
 
 
 @pytest.mark.parametrize("value", ["fipo_loss", "policy_loss", "custom_loss", "sft_loss"])

@@ -96,6 +96,10 @@ ERRORS = {
         "fipo_decayrate is not a setting; write fipo_decay_rate",
     ),
     "yaml_list": ([*BATCH, *FIPO, "--custom-config-path", "list.yaml"], "--fipo-decay-rate is [3]"),
+    "lacking_slime": ([*BATCH, *FIPO], "slime.backends.megatron_utils.loss.compute_policy_loss"),
+}
+# What the launcher alone says: it looks at the words of the command line and into the files before slime does.
+LAUNCHER_ERRORS = {
     "underscores": ([*BATCH, *FIPO, "--fipo_decay_rate", "64"], "write --fipo-decay-rate"),
     "one_dash": ([*BATCH, *FIPO, "-fipo-decay-rate=64"], "write --fipo-decay-rate"),
     "ms_swift": ([*BATCH, *FIPO, "--fipo_safety_threshold", "4"], "ms-swift's name, and slime ignores it"),
@@ -103,6 +107,7 @@ ERRORS = {
     "switch_with_false": ([*BATCH, *FIPO, "--fipo-clip-high-only", "false"], "write --no-fipo-clip-high-only"),
     "switch_is_false": ([*BATCH, *FIPO, "--fipo-clip-high-only=false"], "write --no-fipo-clip-high-only"),
     "loss_type_underscored": ([*BATCH, "--loss_type", "fipo_loss"], "use --loss-type fipo_loss"),
+    "loss_type_fipo": ([*BATCH, "--loss-type", "fipo"], "--loss-type is fipo; use --loss-type fipo_loss"),
     "batch_of_zero": (["--global-batch-size", "0", *FIPO], "--global-batch-size is 0; it must be a whole number of"),
     "negative_batch": (["--global-batch-size", "-8", *FIPO], "--global-batch-size is -8; it must be"),
     "part_of_a_batch": (["--global-batch-size", "8.5", *FIPO], "--global-batch-size is the text '8.5'; it must be"),
@@ -124,7 +129,6 @@ ERRORS = {
         "put --loss-type fipo_loss on the command",
     ),
     "role_gspo": ([*BATCH, *FIPO, "--megatron-config-path", "gspo.yaml"], "--advantage-estimator gspo"),
-    "lacking_slime": ([*BATCH, *FIPO], "slime.backends.megatron_utils.loss.compute_policy_loss"),
 }
 YAML = {
     "misspelt.yaml": "fipo_decayrate: 3",
@@ -180,7 +184,7 @@ def cases(tmp_path: Path, version: str) -> dict:
         "yaml_route_alone": alone(*BATCH, "--custom-config-path", str(tmp_path / "route.yaml")),
         "help": wrapped("--help"),
     }
-    for name, (flags, _) in ERRORS.items():
+    for name, (flags, _) in {**ERRORS, **LAUNCHER_ERRORS}.items():
         flags = [str(tmp_path / flag) if flag.endswith(".yaml") else flag for flag in flags]
         runs[f"error_{name}"] = wrapped(*flags, script=str(lacking) if name == "lacking_slime" else SCRIPT)
     if version != "v0.3.0":
@@ -288,7 +292,7 @@ def test_with_sglangs_flags(parsed, version):
     assert namespace(parsed["with_sglang"])["loss_type"] == "'custom_loss'"
 
 
-@pytest.mark.parametrize("name", [*ERRORS, "cispo"])
+@pytest.mark.parametrize("name", [*ERRORS, *LAUNCHER_ERRORS, "cispo"])
 def test_mistakes_end_the_script_with_one_line(parsed, name, version):
     if name == "cispo" and version == "v0.3.0":
         pytest.skip("slime v0.3.0 has no cispo")
@@ -298,7 +302,7 @@ def test_mistakes_end_the_script_with_one_line(parsed, name, version):
     last = run["output"].strip().splitlines()[-1]
     script = "lacking.py" if name == "lacking_slime" else "parse_only.py"
     assert last.startswith(f"{script}: error: "), run["output"][-2000:]
-    assert ERRORS.get(name, (None, "--advantage-estimator cispo"))[1] in last
+    assert {**ERRORS, **LAUNCHER_ERRORS}.get(name, (None, "--advantage-estimator cispo"))[1] in last
     assert "Traceback" not in run["output"]
 
 
