@@ -274,6 +274,8 @@ def actor_args(args: argparse.Namespace) -> argparse.Namespace:
                 raise UserError(
                     f"{name} of the actor in {file} would not fit the run's; drop it and use {flag_of(name)}"
                 )
+    elif args.loss_type != "custom_loss" and (idle := [name for name in overrides if name in _SETTINGS]):
+        raise UserError(f"{idle[0]} of the actor in {file} needs --loss-type fipo_loss; it is {args.loss_type}")
     with _naming([file]):
         return with_overrides(args, overrides)
 

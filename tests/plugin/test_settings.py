@@ -274,6 +274,14 @@ def test_fipo_cannot_be_turned_on_there(role, overrides, tmp_path):
         actor_args(args)
 
 
+def test_settings_do_not_stand_idle_there(tmp_path):
+    args = slime_args(loss_type="policy_loss", megatron_config_path=role_file(tmp_path, {"fipo_decay_rate": 8}))
+    with pytest.raises(
+        UserError, match=r"fipo_decay_rate of the actor in .* needs --loss-type fipo_loss; it is policy"
+    ):
+        actor_args(args)
+
+
 def test_without_fipo_the_overrides_are_slimes(tmp_path):
     overrides = {"loss_type": "sft_loss", "global_batch_size": 32, "num_nodes": 3, "anything": [1]}
     args = slime_args(loss_type="policy_loss", megatron_config_path=role_file(tmp_path, overrides))
