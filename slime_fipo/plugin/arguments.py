@@ -135,8 +135,10 @@ def _values(args: argparse.Namespace) -> argparse.Namespace:
     with _naming(_files(args)):
         own = {name: read_setting(action, getattr(args, name, None)) for name, action in _SETTINGS.items()}
         check_values(slime)
-    if own["fipo_clip_ratio_low"] == own["fipo_clip_ratio_high"] == own["fipo_clip_ratio"]:
-        own["fipo_clip_ratio"] = None  # translate() wrote both sides, and slime put an actor's own value over that
+    if hasattr(args, "fipo_chained_hook_path"):
+        own["fipo_clip_ratio"] = (
+            None  # translate() wrote the sides; slime then put an actor's shorthand over that again
+        )
     return argparse.Namespace(**slime, **own)
 
 
@@ -308,8 +310,12 @@ def translate(args: argparse.Namespace) -> FipoConfig:
     effective = {name: read_setting(action, getattr(actor, name, None)) for name, action in _SETTINGS.items()}
     effective |= {f"fipo_{name}": "none" if value is None else value for name, value in config.as_dict().items()}
     effective["fipo_unclipped"] = not effective.pop("fipo_clip_influence")
-    if effective["fipo_unclipped"]:
+    if effective["fipo_unclipped"]:  # what has no effect is left out: it would contradict when it is read again
         effective.update(dict.fromkeys(("fipo_clip_ratio_low", "fipo_clip_ratio_high", "fipo_clip_high_only")))
+    if effective["fipo_clip_high_only"]:
+        effective["fipo_clip_ratio_low"] = None
+    if effective["fipo_dual_clip_c"] == "none":
+        effective["fipo_max_dual_clipped_tokens"] = None
     effective["fipo_clip_ratio"] = None
     effective["fipo_shift_from"] = effective["fipo_shift_from"] or "ratio"
     effective["fipo_allow_single_step"] = bool(effective["fipo_allow_single_step"])
