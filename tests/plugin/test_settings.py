@@ -268,6 +268,12 @@ def test_what_the_launcher_checked_is_what_the_actor_computes_with(flags, overri
     assert is_on(actor, "fipo_log_detail") == is_on(merged, "fipo_log_detail")
 
 
+@pytest.mark.parametrize("preset", ["7b", "32b"])
+def test_translated_presets_can_be_read_again(preset):
+    args = slime_args(fipo_preset=preset)
+    assert translate(args) == fipo_settings(args) == FipoConfig.preset(preset)
+
+
 @pytest.mark.parametrize("value", ["fipo_loss", "policy_loss", "custom_loss", "sft_loss"])
 def test_loss_type_is_refused_there(value, tmp_path):
     path = role_file(tmp_path, {"loss_type": value})
