@@ -11,6 +11,7 @@ import argparse
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import OneLineParser, UserError
@@ -18,6 +19,7 @@ from ..plugin.arguments import OWN_FLAGS, actor_args, add_arguments
 from ..plugin.config_files import read_mapping
 from ..plugin.spelling import key_correction, misspelt_flags
 from ..recipes.arguments import add_recipe_arguments
+from . import foreign_flags
 
 # name: default, as in slime v0.3.0 to main 624b824a and the Megatron-LM that they pin
 _INTEGERS = {
@@ -80,6 +82,7 @@ _FLOATS = {
 }
 _STRINGS = {
     "advantage-estimator": "grpo",
+    "apply-chat-template-kwargs": None,
     "custom-config-path": None,
     "custom-eval-rollout-log-function-path": None,
     "custom-loss-function-path": None,
@@ -90,6 +93,7 @@ _STRINGS = {
     "custom-tis-function-path": None,
     "dynamic-sampling-filter-path": None,
     "eval-config": None,
+    "eval-function-path": None,
     "eval-input-key": None,
     "eval-label-key": None,
     "eval-reward-key": None,
@@ -110,6 +114,7 @@ _STRINGS = {
 _SWITCHES = (
     "add-qkv-bias",
     "allgather-cp",
+    "apply-chat-template",
     "attention-output-gate",
     "calculate-per-token-loss",
     "colocate",
@@ -117,6 +122,7 @@ _SWITCHES = (
     "debug-train-only",
     "get-mismatch-metrics",
     "group-query-attention",
+    "group-rm",
     "no-rope-fusion",
     "normalize-advantages",
     "override-opt-param-scheduler",
@@ -167,18 +173,22 @@ class EvalDataset:
 @dataclass(frozen=True)
 class Command:
     """A train command. ``args`` has slime's names and, as in slime, the values of ``--custom-config-path`` over them;
-    ``script`` is None when only arguments were given; ``own_flags`` are those given that only we know, and
-    ``misspelt_own`` says what is wrong with those meant for us; ``errors`` say what is wrong with the files that hold
-    flags."""
+    ``script`` is None when only arguments were given, and ``arguments`` are what stands behind it; ``misspelt`` and
+    ``foreign`` are flags that slime ignores with what they were meant for; ``own_flags`` are those given that only we
+    know, and ``misspelt_own`` says what is wrong with those meant for us; ``errors`` say what is wrong with the files
+    that hold flags; ``slime_root`` is the checkout of slime that the command runs, where this machine has it."""
 
     args: argparse.Namespace
     launcher: bool
     script: str | None
+    arguments: tuple[str, ...] = ()
     misspelt: tuple[tuple[str, str], ...] = ()
     misspelt_own: tuple[str, ...] = ()
+    foreign: tuple[tuple[str, str], ...] = ()
     own_flags: tuple[str, ...] = ()
     eval_datasets: tuple[EvalDataset, ...] = ()
     errors: tuple[str, ...] = ()
+    slime_root: Path | None = None
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
@@ -248,12 +258,15 @@ def parse_command(tokens: Sequence[str]) -> Command:
 
     given = [token.partition("=")[0] for token in arguments if token.startswith("--")]
     unknown = [token.partition("=")[0] for token in unknown if token.startswith("--")]
+    foreign = {flag: replacement for flag in unknown if (replacement := foreign_flags.replacement(flag))}
     return Command(
         args,
         launcher=script is None or "slime_fipo" in tokens[:script],
         script=None if script is None else tokens[script],
-        misspelt=tuple(_misspelt([flag for flag in unknown if flag not in misspelt_own], parser)),
+        arguments=tuple(arguments),
+        misspelt=tuple(_misspelt([f for f in unknown if f not in misspelt_own and f not in foreign], parser)),
         misspelt_own=tuple(misspelt_own.values()),
+        foreign=tuple((flag, use) for flag, use in foreign.items() if flag not in misspelt_own),
         own_flags=tuple(flag for flag in given if flag in OWN_FLAGS),
         eval_datasets=eval_datasets,
         errors=tuple(errors),

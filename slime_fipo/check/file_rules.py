@@ -74,6 +74,21 @@ def _is_checkpoint(folder: str | None) -> bool:
     return folder is not None and any((Path(folder) / name).is_file() for name in (TRACKER, "config.json"))
 
 
+def reference_model(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
+    """A KL term needs the reference model, also where training continues from --load."""
+    args = command.args
+    if args.kl_coef == 0 and not args.use_kl_loss:
+        return
+    flag = "--use-kl-loss" if args.use_kl_loss else f"--kl-coef {args.kl_coef:g}"
+    if args.ref_load is None and _is_checkpoint(args.load):  # otherwise `checkpoints` asks for it
+        yield error(f"{flag} needs the reference model of --ref-load, which is missing; add it, or drop {flag}")
+    elif args.ref_load is not None and _is_checkpoint(args.load) and not _is_checkpoint(args.ref_load):
+        yield error(
+            f"{flag} needs the reference model, and --ref-load {args.ref_load} is no Megatron checkpoint ({TRACKER} is"
+            f" missing); check the path, or drop {flag}"
+        )
+
+
 def model(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
     """The flags against the Hugging Face configuration."""
     args = command.args
@@ -110,13 +125,18 @@ def _same_shape(args: argparse.Namespace, declared: dict) -> Iterator[Finding]:
         "rotary-base": (args.rotary_base, rope_base or declared.get("rope_theta")),
         "norm-epsilon": (args.norm_epsilon, declared.get("rms_norm_eps")),
     }
-    for flag, (given, wanted) in pairs.items():
-        if given is not None and wanted is not None and given != wanted:
-            number = f"{wanted:.10g}" if isinstance(wanted, int | float) else repr(wanted)
-            yield error(
-                f"--{flag} {given:.10g} is not the {number} of --hf-checkpoint {args.hf_checkpoint}; source that"
-                " model's script from scripts/models"
-            )
+    differing = {
+        flag: (given, f"{wanted:.10g}" if isinstance(wanted, int | float) else repr(wanted))
+        for flag, (given, wanted) in pairs.items()
+        if given is not None and wanted is not None and given != wanted
+    }
+    for flag, (given, number) in differing.items():
+        fix = f"use {number}, or source a script of that model's size from scripts/models"
+        if set(differing) == {"rotary-base"}:  # the same model with a longer context, such as Qwen3's 2507 releases
+            fix = f"add --rotary-base {number}"
+            if declared.get("model_type") in ("qwen3", "qwen3_moe"):  # whose scripts read the variable
+                fix = f"set MODEL_ARGS_ROTARY_BASE={number} before sourcing the model's script, or {fix}"
+        yield error(f"--{flag} {given:.10g} is not the {number} of --hf-checkpoint {args.hf_checkpoint}; {fix}")
     tied = declared.get("tie_word_embeddings")
     if tied is not None and tied == args.untie_embeddings_and_output_weights:
         yield error(
@@ -340,4 +360,4 @@ def _with_progress(parts: Iterable, path: str, total: int, size_of: Callable[[An
                 show_at = time.monotonic() + 0.1
 
 
-FILE_RULES = (checkpoints, model, data)
+FILE_RULES = (checkpoints, reference_model, model, data)

@@ -36,6 +36,12 @@ from .finding import Finding, error, warning
 # Flags of the package that are not in a slime with FIPO built in, where there is one implementation.
 _NOT_BUILT_IN = ("--fipo-impl", "--fipo-chunk-size")
 
+DEFAULT_ROLLOUT = "slime.rollout.sglang_rollout.generate_rollout"
+TRAIN_ONLY_ROLLOUTS = (
+    "slime.rollout.fully_async_rollout.generate_rollout_fully_async",
+    "slime.rollout.sft_rollout.generate_rollout",
+)
+
 
 def launcher(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
     args, script = command.args, command.script
@@ -43,6 +49,8 @@ def launcher(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
         yield error(message)
     for flag, close in command.misspelt:
         yield error(f"{flag} is no flag that slime knows, and slime ignores such flags silently; did you mean {close}?")
+    for flag, replacement in command.foreign:
+        yield error(f"{flag} is another framework's flag, and slime ignores it silently; use {replacement}")
     found = script is not None and Path(script).is_file()
     built_in = found and (Path(script).parent / "slime" / "utils" / "fipo.py").is_file()
     if command.launcher:
@@ -166,6 +174,16 @@ def batches(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
         )
 
 
+def lengths(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
+    args = command.args
+    context, prompt = args.rollout_max_context_len, args.rollout_max_prompt_len
+    if context is not None and prompt is not None and prompt >= context:
+        yield error(
+            f"--rollout-max-context-len {context} leaves no token for a response behind --rollout-max-prompt-len"
+            f" {prompt}, which slime refuses; it is prompt and response together: use more than {prompt}"
+        )
+
+
 def parallelism(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
     args = command.args
     world = args.actor_num_nodes * args.actor_num_gpus_per_node
@@ -275,6 +293,25 @@ def evaluation(command: Command, config: FipoConfig | None) -> Iterator[Finding]
         )
 
 
+def evaluation_function(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
+    """Whether what evaluates can: with a rollout function of slime's that only trains, or a reward of whole groups."""
+    args = command.args
+    if args.eval_interval is None or args.debug_train_only:
+        return
+    given = args.eval_function_path or args.rollout_function_path
+    flag = "--eval-function-path" if args.eval_function_path else "--rollout-function-path"
+    if given in TRAIN_ONLY_ROLLOUTS:
+        yield error(
+            f"{flag} {given} cannot evaluate, and raises at the first evaluation; drop --eval-interval and evaluate the"
+            " checkpoints in a run of their own (--num-rollout 0)"
+        )
+    if args.group_rm and given in (None, DEFAULT_ROLLOUT):
+        yield error(
+            "--group-rm scores whole groups, and slime's evaluation asserts that it is off; drop --eval-interval, or"
+            " use a reward of single responses without --group-rm"
+        )
+
+
 def old_log_probs(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
     args = command.args
     if args.use_rollout_logprobs and args.use_tis:
@@ -366,5 +403,7 @@ FLAG_RULES = (
     old_log_probs,
     reward,
     evaluation,
+    evaluation_function,
+    lengths,
     parallelism,
 )

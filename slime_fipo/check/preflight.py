@@ -1,14 +1,16 @@
 """``slime-fipo check``: what a train command will do other than its author thinks, said before any GPU is taken.
 
-The rules live in ``flag_rules.py`` and ``file_rules.py``; ``effective_recipe`` is the table beside the paper's. What is
-read: the command, the files that hold flags of it, the heads of its data files, and the checkpoints' ``config.json``.
+The rules live in ``flag_rules``, ``reward_rules`` and ``file_rules``, slime's own parser is asked by ``slime_parser``;
+``effective_recipe`` is the table beside the paper's. Nothing is judged here.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -23,6 +25,8 @@ from .derived import LARGE, billions_of_parameters, global_batch_size, objective
 from .file_rules import FILE_RULES
 from .finding import Finding, error
 from .flag_rules import FLAG_RULES
+from .reward_rules import REWARD_RULES
+from .slime_parser import Verdict, ask, locate
 
 
 def check_command(command: Command) -> tuple[list[Finding], FipoConfig | None]:
@@ -35,7 +39,7 @@ def check_command(command: Command) -> tuple[list[Finding], FipoConfig | None]:
             config = translate(args) if args.loss_type == "fipo_loss" else fipo_settings(actor_args(args))
         except ValueError as problem:
             findings.append(error(str(problem)))
-    for rule in (*FLAG_RULES, *FILE_RULES):
+    for rule in (*FLAG_RULES, *REWARD_RULES, *FILE_RULES):
         findings.extend(rule(command, config))
     return sorted(dict.fromkeys(findings), key=lambda finding: finding.severity), config
 
@@ -139,19 +143,43 @@ def _shift_source(args: argparse.Namespace) -> str:
     return "SGLang's log-probs (with engine mismatch)"
 
 
-def main(tokens: Sequence[str], console: Console | None = None) -> int:
-    """Print the effective recipe and the findings; 1 if there are errors, 2 if the command cannot be read."""
+def main(
+    tokens: Sequence[str],
+    console: Console | None = None,
+    *,
+    ask_slime: bool = False,
+    slime_root: Path | None = None,
+    megatron_root: Path | None = None,
+) -> int:
+    """Print the effective recipe and the findings.
+
+    Args:
+        tokens: the train command, or its arguments alone.
+        ask_slime: let slime's parser judge too, where it can be run; ``slime_root`` and ``megatron_root`` are checkouts
+            to take in place of those that are found.
+
+    Returns:
+        The exit code: 0 without errors, 1 with some, 2 if the command cannot be read.
+    """
     console = console or Console(highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
     tokens = list(tokens)[1:] if list(tokens)[:1] == ["--"] else list(tokens)
     if not tokens:
-        console.print("usage: slime-fipo check -- THE TRAIN COMMAND'S ARGUMENTS", markup=False, soft_wrap=True)
+        say("usage: slime-fipo check -- THE TRAIN COMMAND'S ARGUMENTS (slime-fipo check --help says more)")
         return 2
     try:
         command = parse_command(tokens)
+        installation = locate(command, slime_root, megatron_root)
     except UserError as problem:
-        console.print(f"error: {problem}", markup=False, soft_wrap=True)
+        say(f"error: {problem}")
         return 2
+    command = dataclasses.replace(command, slime_root=installation.slime)
     findings, config = check_command(command)
+    verdict = ask(command, installation) if ask_slime else Verdict("slime's parser was not asked")
+    findings = merged(findings, verdict)
     heading, rows = effective_recipe(command, config)
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("setting", "this run", heading):
@@ -160,7 +188,15 @@ def main(tokens: Sequence[str], console: Console | None = None) -> int:
         table.add_row(*map(escape, row))
     console.print(table)
     for finding in findings:
-        console.print(f"{finding.severity}: {finding.message}", markup=False, soft_wrap=True)
+        say(f"{finding.severity}: {finding.message}")
+    say(verdict.summary)
     errors = sum(f.severity == "error" for f in findings)
     console.print(f"{errors} errors, {len(findings) - errors} warnings")
     return int(errors > 0)
+
+
+def merged(findings: Sequence[Finding], verdict: Verdict) -> list[Finding]:
+    """Ours and slime's, errors first; what slime's parser says in our words (FIPO's part of it) is not said twice."""
+    ours = [finding.message for finding in findings]
+    new = [finding for finding in verdict.findings if not any(message in finding.message for message in ours)]
+    return sorted([*findings, *new], key=lambda finding: finding.severity)

@@ -1,0 +1,151 @@
+"""Runs train commands through slime's real parser: ``python -m slime_fipo.check.parser_process CASES.json OUT.json``.
+
+One interpreter loads what takes seconds (Megatron's arguments, SGLang's), and forks for every case; the fork then
+imports slime and runs ``python script …`` or ``python -m slime_fipo script …`` the way the interpreter does. It needs
+no GPU and takes none. What the outcomes mean for a command is ``slime_parser``'s to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import runpy
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+PARSE_ONLY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "parse_only.py")
+HOPPER = 9
+# What slime's image has and a machine without a GPU mostly does not.
+GPU_PACKAGES = ("apex", "flash_attn", "modelopt", "nvidia_resiliency_ext", "transformer_engine")
+
+
+def load() -> None:
+    """Import what every fork needs, and answer for the GPU that is not there."""
+    import megatron.training.arguments
+    import megatron.training.utils
+    import sglang.srt.server_args  # noqa: F401
+    import transformers
+
+    # With tensor or context parallelism Megatron asks for the GPU's architecture.
+    megatron.training.utils.get_device_arch_version = lambda: HOPPER
+    megatron.training.arguments.get_device_arch_version = lambda: HOPPER
+
+    # slime trusts the checkpoint's own code; a look at the command's flags need not run it.
+    from_pretrained = transformers.AutoConfig.from_pretrained
+    transformers.AutoConfig.from_pretrained = lambda *args, **options: from_pretrained(
+        *args, **{**options, "trust_remote_code": False}
+    )
+
+
+class _Ignored:
+    """The words of ``sys.argv`` that none of the parsers which read it took."""
+
+    def __init__(self) -> None:
+        self.left: set[int] | None = None  # ids: the same text may stand there twice
+        original = argparse.ArgumentParser.parse_known_args
+
+        def parse_known_args(parser, args=None, namespace=None):
+            namespace, extras = original(parser, args, namespace)
+            if args is None:
+                mine = {id(word) for word in extras}
+                self.left = mine if self.left is None else self.left & mine
+            return namespace, extras
+
+        argparse.ArgumentParser.parse_known_args = parse_known_args
+
+    def positions(self) -> list[int]:
+        return [i for i, word in enumerate(sys.argv[1:]) if id(word) in (self.left or ())]
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return {
+        "types": [kind.__name__ for kind in type(error).__mro__],
+        "message": str(error),
+        "frames": [[frame.filename, frame.name, frame.line or ""] for frame in frames],
+    }
+
+
+def _run_in_fork(case: dict[str, Any], parsed: str, report: str) -> None:
+    os.environ["PARSED"] = parsed
+    ignored, error, status = _Ignored(), None, 70
+    try:
+        script = case.get("script") or PARSE_ONLY
+        if case["wrapper"]:
+            sys.argv = ["slime_fipo", script, *case["arguments"]]
+            runpy.run_module("slime_fipo", run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [script, *case["arguments"]]
+            sys.path[0] = os.path.dirname(script)
+            runpy.run_path(script, run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as problem:
+        sys.excepthook(*sys.exc_info())
+        status, error = 1, _described(problem)
+    with open(report, "w") as file:
+        started = ignored.left is not None
+        json.dump({"status": status, "started": started, "error": error, "ignored": ignored.positions()}, file)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Outcome of one case, run in a fork.
+
+    Args:
+        case: ``arguments``; ``wrapper``, whether ``python3 -m slime_fipo`` runs the script; ``script``, by default one
+            that only parses.
+
+    Returns:
+        ``status`` and ``output`` of the run; ``namespace``: name to repr, None if the parser refused; ``started``:
+        whether a parser got to see the arguments; ``error``: the exception, if it was no exit; ``ignored``: positions
+        of the arguments that no parser took.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        output, parsed, report = (os.path.join(directory, name) for name in ("output", "parsed", "report"))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                _run_in_fork(case, parsed, report)
+            finally:
+                os._exit(71)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        result = {"status": status, "started": False, "error": None, "ignored": [], "namespace": None}
+        if os.path.exists(report):
+            with open(report) as file:
+                result.update(json.load(file))
+        if os.path.exists(parsed):
+            with open(parsed) as file:
+                result["namespace"] = json.load(file)
+        with open(output, errors="replace") as file:
+            result["output"] = file.read()
+    return result
+
+
+def main() -> None:
+    with open(sys.argv[1]) as file:
+        cases = json.load(file)
+    out: dict[str, Any] = {"missing": [name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None]}
+    try:
+        load()
+    except BaseException as problem:  # whatever a foreign package raises when it is imported
+        out["unavailable"] = _described(problem)
+    else:
+        out["cases"] = {name: run(case) for name, case in cases.items()}
+    with open(sys.argv[2], "w") as file:
+        json.dump(out, file)
+
+
+if __name__ == "__main__":
+    main()
