@@ -43,11 +43,11 @@ _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help
 _CHECK_HELP = "\n\n".join(  # one line a paragraph, which the terminal's width breaks
     (
         "Say what a train command would do other than expected, before a GPU is taken.",
-        "Reads the command (all of it, from ray job submit on, or its arguments alone), the YAML files that it names, its"
-        " data files, and the config.json and chat template of its checkpoints. Prints its settings beside the paper's,"
-        " then every error and warning with the flag and the fix.",
-        "Where slime, Megatron-LM and SGLang can be imported, slime's own parser is asked as well, in a process of its own"
-        " and without a GPU: 10 to 20 seconds, 180 at most. Nothing is started, trained or written.",
+        "Reads the command (all of it, from ray job submit on, or its arguments alone), the YAML files that it names,"
+        " its data files, and the config.json and chat template of its checkpoints. Prints its settings beside the"
+        " paper's, then every error and warning with the flag and the fix.",
+        "Where slime, Megatron-LM and SGLang can be imported, slime's own parser is asked as well, in a process of its"
+        " own and without a GPU: 10 to 20 seconds, 180 at most. Nothing is started, trained or written.",
         "Exit codes: 0 no errors (there may be warnings), 1 errors, 2 the command cannot be read.",
         "Example: slime-fipo check -- python3 -m slime_fipo /root/slime/train.py --loss-type fipo_loss …",
         'A launch script: eval "slime-fipo check -- $(DRY_RUN=1 bash examples/fipo/run-qwen3-4B.sh)"',

@@ -27,6 +27,8 @@ from .derived import OUR_REWARD, is_dapo, longest_sequence
 from .finding import Finding, error, warning
 
 PROGRESS_AFTER_SECONDS = 1.0
+# Of slime's models, those that its all-gather context parallelism is for.
+SPARSE_ATTENTION = {"DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"}
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -98,12 +100,20 @@ def model(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
     file = Path(args.hf_checkpoint) / "config.json"
     try:
         declared = json.loads(file.read_text(encoding="utf-8"))
+        architectures = declared.get("architectures")
         declared = declared.get("text_config", declared)
         positions = declared.get("max_position_embeddings")
     except (OSError, ValueError, AttributeError):
         yield error(f"--hf-checkpoint {args.hf_checkpoint} has no readable config.json; download the model there")
         return
     yield from _same_shape(args, declared)
+    cp = args.context_parallel_size
+    if (
+        args.allgather_cp
+        and cp > 1
+        and not SPARSE_ATTENTION & set(architectures if isinstance(architectures, list) else ())
+    ):
+        yield error(f"--allgather-cp with --context-parallel-size {cp} is for sparse-attention models only; drop it")
     if type(positions) is int:
         yield from _positions(command, positions, file)
 

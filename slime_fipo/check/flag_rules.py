@@ -199,13 +199,16 @@ def parallelism(command: Command, config: FipoConfig | None) -> Iterator[Finding
             yield error(
                 f"--tensor-model-parallel-size {tp} does not divide --{name.replace('_', '-')} {heads}; use a divisor"
             )
-    if args.num_layers and args.num_layers % pp:
+    split = (
+        args.decoder_first_pipeline_num_layers
+        or args.decoder_last_pipeline_num_layers
+        or args.pipeline_model_parallel_layout
+    )
+    if args.num_layers and args.num_layers % pp and not split:
         yield warning(
             f"--pipeline-model-parallel-size {pp} does not divide --num-layers {args.num_layers}; say how layers are"
             " split (--decoder-last-pipeline-num-layers), or use a divisor"
         )
-    if args.allgather_cp and cp > 1:
-        yield error(f"--allgather-cp with --context-parallel-size {cp} is for sparse-attention models only; drop it")
     longest = longest_sequence(args)
     if args.max_tokens_per_gpu and longest and args.max_tokens_per_gpu * cp < longest:
         yield warning(

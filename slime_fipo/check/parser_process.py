@@ -8,7 +8,8 @@ no GPU and takes none. What the outcomes mean for a command is ``slime_parser``'
 from __future__ import annotations
 
 import argparse
-import importlib
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ import traceback
 from typing import Any
 
 PARSE_ONLY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "parse_only.py")
-HOPPER = 9
+HOPPER = (9, 0)
 # What slime's image has and a machine without a GPU mostly does not.
 GPU_PACKAGES = ("apex", "flash_attn", "modelopt", "nvidia_resiliency_ext", "transformer_engine")
 
@@ -29,17 +30,23 @@ def load() -> None:
     import megatron.training.arguments
     import megatron.training.utils
     import sglang.srt.server_args  # noqa: F401
+    import torch
     import transformers
 
-    # With tensor or context parallelism Megatron asks for the GPU's architecture.
-    megatron.training.utils.get_device_arch_version = lambda: HOPPER
-    megatron.training.arguments.get_device_arch_version = lambda: HOPPER
+    # Megatron asks for the GPU's architecture with tensor or context parallelism, and with experts.
+    megatron.training.utils.get_device_arch_version = lambda: HOPPER[0]
+    megatron.training.arguments.get_device_arch_version = lambda: HOPPER[0]
+    torch.cuda.get_device_capability = lambda *_: HOPPER
 
     # slime trusts the checkpoint's own code; a look at the command's flags need not run it.
     from_pretrained = transformers.AutoConfig.from_pretrained
     transformers.AutoConfig.from_pretrained = lambda *args, **options: from_pretrained(
         *args, **{**options, "trust_remote_code": False}
     )
+
+
+class _Word(str):
+    """A word of the command line with an identity: Python keeps one object for equal short texts."""
 
 
 class _Ignored:
@@ -76,11 +83,12 @@ def _run_in_fork(case: dict[str, Any], parsed: str, report: str) -> None:
     ignored, error, status = _Ignored(), None, 70
     try:
         script = case.get("script") or PARSE_ONLY
+        arguments = [_Word(word) for word in case["arguments"]]
         if case["wrapper"]:
-            sys.argv = ["slime_fipo", script, *case["arguments"]]
+            sys.argv = ["slime_fipo", script, *arguments]
             runpy.run_module("slime_fipo", run_name="__main__", alter_sys=True)
         else:
-            sys.argv = [script, *case["arguments"]]
+            sys.argv = [script, *arguments]
             sys.path[0] = os.path.dirname(script)
             runpy.run_path(script, run_name="__main__")
         status = 0
@@ -137,6 +145,8 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         cases = json.load(file)
     out: dict[str, Any] = {"missing": [name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None]}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        out["sglang"] = importlib.metadata.version("sglang")
     try:
         load()
     except BaseException as problem:  # whatever a foreign package raises when it is imported

@@ -125,29 +125,34 @@ def prompts(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
         key = dataset.input_key or args.eval_input_key or args.input_key
         path, name = dataset.custom_rm_path or args.custom_rm_path, dataset.rm_type or args.rm_type
         files.append((f"{dataset.name} in {dataset.source}:", dataset.path, key, path, name))
+    unasked: dict[str, list[str]] = {}
     for flag, path, key, custom, name in files:
-        name = (name or "").strip()
-        ours, dapo = custom == OUR_REWARD, custom is None and name == "dapo"
-        boxed = custom is None and name in ("math", "deepscaler")
-        if not (ours or dapo or boxed):
-            continue
-        texts = _Prompts(path, key)
-        if not texts.any():
-            continue
-        asks_answer, asks_box = texts.match(_ANSWER), texts.match(_BOX)
-        template = _chat_template(Path(args.hf_checkpoint)) if args.hf_checkpoint else ""
-        asks_answer, asks_box = asks_answer or bool(_ANSWER.search(template)), asks_box or bool(_BOX.search(template))
-        if (ours and not asks_answer and not asks_box) or (dapo and not asks_answer):
-            reward = OUR_REWARD if ours else f"--rm-type {name}"
-            yield warning(
-                f"no prompt of {flag} {path} asks for a line 'Answer: …', which {reward} reads: right answers in"
-                " another form score as wrong; say so in the prompts"
-            )
-        elif boxed and asks_answer and not asks_box:
-            yield warning(
-                rf"the prompts of {flag} {path} ask for 'Answer: …', and --rm-type {name} reads \boxed{{…}}; use"
-                " --rm-type dapo, or ask for the box"
-            )
+        if problem := _other_form(_Prompts(path, key), args, custom, (name or "").strip()):
+            unasked.setdefault(problem, []).append(f"{flag} {path}")
+    for problem, where in unasked.items():
+        yield warning(f"the prompts of {' and '.join(where)} {problem}")
+
+
+def _other_form(prompts: _Prompts, args: argparse.Namespace, custom: str | None, rm_type: str) -> str:
+    """What prompts ask for other than the reward reads; empty where they ask for it or nobody knows."""
+    ours, dapo = custom == OUR_REWARD, custom is None and rm_type == "dapo"
+    boxed = custom is None and rm_type in ("math", "deepscaler")
+    if not (ours or dapo or boxed) or not prompts.any():
+        return ""
+    template = _chat_template(Path(args.hf_checkpoint)) if args.hf_checkpoint else ""
+    asks_answer, asks_box = (bool(form.search(template)) or prompts.match(form) for form in (_ANSWER, _BOX))
+    if not asks_answer and (dapo or (ours and not asks_box)):
+        reward = OUR_REWARD if ours else f"--rm-type {rm_type}"
+        return (
+            f"never ask for a line 'Answer: …', which {reward} reads, so that right answers in another form score as"
+            " wrong; ask for it"
+        )
+    if boxed and asks_answer and not asks_box:
+        return (
+            rf"ask for a line 'Answer: …', and --rm-type {rm_type} reads \boxed{{…}}; use --rm-type dapo, or ask for"
+            " the box"
+        )
+    return ""
 
 
 class _Prompts:

@@ -43,6 +43,8 @@ _MENTIONS = {
     "nvidia_resiliency_ext": re.compile(r"nvidia.resiliency.ext", re.IGNORECASE),
     "transformer_engine": re.compile(r"transformer.?engine|is_te_min_version|\bTE\b", re.IGNORECASE),
 }
+# The job has an environment of its own, which is not known here.
+_VARIABLE = re.compile(r"\b(?:CUBLAS|CUDA|NCCL|NVTE|SGLANG|SLIME|TORCH)_[A-Z_]+\b")
 _ENGINE_FLAGS = ("--sglang-", "--router-", "--prefill-num-servers")
 _SLIMES_SCRIPTS = ("train.py", "train_async.py")
 
@@ -57,7 +59,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Installation:
-    """``slime`` and ``megatron`` are checkouts to put on Python's path; ``missing`` says what the parser lacks, if so."""
+    """``slime`` and ``megatron`` are checkouts to put on Python's path; ``missing``: what the parser lacks."""
 
     slime: Path | None = None
     megatron: Path | None = None
@@ -197,9 +199,10 @@ def judge(command: Command, slime: Path, result: dict[str, Any]) -> Verdict:
     if "unavailable" in result:
         return Verdict(f"slime's parser could not be asked: {_crash(result['unavailable'])}")
     case, control = result["cases"]["command"], result["cases"]["control"]
-    name = f"slime's parser ({slime})"
+    sglang = f"SGLang {result['sglang']}" if "sglang" in result else "SGLang"  # each version has other flags
+    name = f"slime's parser ({slime}, {sglang})"
     if case["namespace"] is not None:
-        findings = tuple(warning(message) for message in _ignored(command, slime, case["ignored"]))
+        findings = tuple(warning(message) for message in _ignored(command, slime, case["ignored"], sglang))
         return Verdict(f"{name} takes the command" + (", but not all of it" if findings else ""), findings)
     crash = case["error"]
     if crash is None:
@@ -207,7 +210,7 @@ def judge(command: Command, slime: Path, result: dict[str, Any]) -> Verdict:
             return Verdict(f"{name} was asked: the command ends before it trains")
         refusal = _last_error(case["output"])
     elif _is_environment(case, control, result["missing"]):
-        return Verdict(f"{name} could not be asked: {_crash(crash)}")
+        return Verdict(f"{name} cannot judge the command on this machine: {_crash(crash)}")
     elif {"AssertionError", "ValueError", "OSError", "NotImplementedError"} & set(crash["types"]) and crash["message"]:
         refusal = _one_line(crash["message"])
     else:
@@ -222,6 +225,8 @@ def _is_environment(case: dict[str, Any], control: dict[str, Any], missing: Sequ
     if any(_FOREIGN.search(file) for file, _, _ in crash["frames"]):
         return True
     said = f"{crash['message']} {crash['frames'][-1][2] if crash['frames'] else ''}"
+    if _VARIABLE.search(said):
+        return True
     return any(_MENTIONS[package].search(said) for package in missing)
 
 
@@ -243,7 +248,7 @@ def _one_line(text: str) -> str:
     return text if len(text) <= 600 else f"{text[:597]}..."
 
 
-def _ignored(command: Command, slime: Path, positions: Sequence[int]) -> Iterator[str]:
+def _ignored(command: Command, slime: Path, positions: Sequence[int], sglang: str) -> Iterator[str]:
     known = _other_flags(command, slime)
     if known is None:
         return
@@ -256,7 +261,7 @@ def _ignored(command: Command, slime: Path, positions: Sequence[int]) -> Iterato
             before = position
             engines = command.args.debug_train_only and flag.startswith(_ENGINE_FLAGS)
             if not engines and flag not in known and flag not in reported:
-                yield f"{flag} is no flag of slime's, Megatron-LM's or SGLang's, and is ignored; check the spelling"
+                yield f"{flag} is no flag of slime's, Megatron-LM's or {sglang}'s, and is ignored; check the spelling"
         elif before == position - 1:
             before = position
         else:

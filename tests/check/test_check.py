@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -21,34 +20,28 @@ from slime_fipo.check.preflight import check_command, effective_recipe, main
 from slime_fipo.errors import UserError
 from slime_fipo.plugin.arguments import LOSS_PATH
 
-from ..scripts.bash import EXAMPLES, LAUNCH_SCRIPTS, LOSSES, dry_run, flags, train_arguments
-from ..scripts.published import hugging_face_config, model_of
+from ..scripts.bash import LAUNCH_SCRIPTS, LOSSES, dry_run, flags, train_arguments
+from ..scripts.published import hugging_face_config
+from .commands import (
+    DATA,
+    FIPO_FLAGS,
+    HF,
+    MATH_7B,
+    PROMPT,
+    QWEN3_4B,
+    QWEN35_9B,
+    QWEN_32B,
+    TRACKER,
+    Broken,
+    command_of,
+    expect,
+    flag,
+    messages,
+    provide_files,
+    without,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-QWEN3_4B = EXAMPLES / "run-qwen3-4B.sh"
-MATH_7B = EXAMPLES / "run-qwen2.5-math-7B.sh"
-QWEN_32B = EXAMPLES / "run-qwen2.5-32B.sh"
-QWEN35_9B = EXAMPLES / "run-qwen3.5-9B.sh"
-
-PROMPT = {"prompt": [{"role": "user", "content": "1 + 1"}], "label": "2"}
-
-
-def provide_files(words: list[str], positions: int = 32768) -> None:
-    """Data and checkpoints at the paths of a command, with the published model's configuration."""
-    named = flags(train_arguments(words))
-    for path in [*named["--prompt-data"], *named["--eval-prompt-data"][1::2]]:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(PROMPT) + "\n")
-    (reference := Path(named["--ref-load"][0])).mkdir(parents=True)
-    (reference / "latest_checkpointed_iteration.txt").write_text("release")
-    (checkpoint := Path(named["--hf-checkpoint"][0])).mkdir(parents=True)
-    config = hugging_face_config(model_of(checkpoint.name), positions)
-    (checkpoint / "config.json").write_text(json.dumps(config))
-
-
-def command_of(script: Path, root: Path, **variables: str) -> list[str]:
-    words = dry_run(script, MODEL_ROOT="/ROOT/models", DATA_ROOT="/ROOT/data", **variables)  # one dry run for all roots
-    return [word.replace("/ROOT/", f"{root}/") for word in words]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -60,37 +53,6 @@ def test_silent_on_our_own_scripts(script, loss, tmp_path):
         assert check_command(parse_command(words))[0] == []
         assert check_command(parse_command(train_arguments(words)))[0] == [], "the arguments alone will do"
 
-
-@dataclass(frozen=True)
-class Broken:
-    """A working launch script's command with one fault: flags put behind it, taken out, or a file changed."""
-
-    names: str
-    fix: str
-    add: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-    file: tuple[str, str | None] | None = None  # path below the root: its text, or None for a missing one
-    script: Path = QWEN3_4B
-    variables: dict = field(default_factory=dict)
-    error: bool = True
-    tool: tuple[str, str] | None = None  # a word of the command, and what stands in its place
-    write: dict[str, str] = field(default_factory=dict)  # further files below the root, named FILE:path in `add`
-
-
-def flag(*words: str) -> tuple[str, ...]:
-    return words
-
-
-HF, REF, DATA = "models/Qwen3-4B-Base", "models/Qwen3-4B-Base_torch_dist", "data/dapo-math-17k/dapo-math-17k.jsonl"
-TRACKER = f"{REF}/latest_checkpointed_iteration.txt"
-
-FIPO_FLAGS = (
-    "--fipo-decay-rate",
-    "--fipo-clip-ratio-low",
-    "--fipo-clip-ratio-high",
-    "--fipo-safety-thresh",
-    "--fipo-dual-clip-c",
-)
 
 BROKEN = {
     "one step per rollout": Broken(
@@ -145,7 +107,7 @@ BROKEN = {
     "group filter without accuracy": Broken(
         f"--dynamic-sampling-filter-path {OUR_FILTER} reads 'acc'",
         OUR_REWARD,
-        flag("--rm-type", "deepscaler"),
+        flag("--rm-type", "math"),
         ("--custom-rm-path", "--overlong-buffer-len", "--reward-key", "--eval-reward-key"),
     ),
     "TIS with rollout log-probs": Broken("--use-tis", "drop one of them", flag("--use-tis")),
@@ -235,13 +197,19 @@ BROKEN = {
     ),
     "data missing": Broken("--prompt-data", "check the path", file=(DATA, None)),
     "data with other keys": Broken(
-        "--input-key prompt is not in every row", "question", file=(DATA, '{"question": "1 + 1", "label": "2"}\n')
+        "--input-key prompt is not in every row",
+        "question",
+        file=(DATA, '{"question": "1 + 1 = ? Answer: N", "label": "2"}\n'),
     ),
     "data without labels": Broken(
-        "--label-key label is not in every row", "answer", file=(DATA, '{"prompt": "1 + 1", "answer": "2"}\n')
+        "--label-key label is not in every row",
+        "answer",
+        file=(DATA, '{"prompt": "1 + 1 = ? Answer: N", "answer": "2"}\n'),
     ),
     "labels that DAPO cannot compare": Broken(
-        "'\\\\frac{1}{2}'", "use other data", file=(DATA, '{"prompt": "1 / 2", "label": "\\\\frac{1}{2}"}\n')
+        "'\\\\frac{1}{2}'",
+        "use other data",
+        file=(DATA, '{"prompt": "1 / 2 = ? Answer: N", "label": "\\\\frac{1}{2}"}\n'),
     ),
     "data in another format": Broken(
         "neither .jsonl nor .parquet",
@@ -259,7 +227,7 @@ BROKEN = {
     ),
     "another model's checkpoint": Broken(
         "--num-layers 36 is not the 40",
-        "source that model's script",
+        "from scripts/models",
         file=(f"{HF}/config.json", '{"num_hidden_layers": 40, "tie_word_embeddings": true}'),
     ),
     "tied embeddings": Broken(
@@ -400,7 +368,7 @@ BROKEN = {
     "evaluation hook without accuracy": Broken(
         f"--custom-eval-rollout-log-function-path {OUR_EVAL_LOG} reads 'acc', which the reward of aime24",
         OUR_REWARD,
-        flag("--rm-type", "deepscaler"),
+        flag("--rm-type", "math"),
         (
             "--custom-rm-path",
             "--overlong-buffer-len",
@@ -423,14 +391,14 @@ BROKEN = {
     ),
     "sizes in config.json that are no numbers": Broken(
         "--num-layers 36 is not the '36'",
-        "source that model's script",
+        "from scripts/models",
         file=(f"{HF}/config.json", '{"num_hidden_layers": "36", "hidden_size": null}'),
     ),
     "another head dimension": Broken(
-        "--kv-channels 64 is not the 128", "source that model's script", flag("--kv-channels", "64")
+        "--kv-channels 64 is not the 128", "from scripts/models", flag("--kv-channels", "64")
     ),
     "another vocabulary": Broken(
-        "--vocab-size 152064 is not the 151936", "source that model's script", flag("--vocab-size", "152064")
+        "--vocab-size 152064 is not the 151936", "from scripts/models", flag("--vocab-size", "152064")
     ),
     "no QK layer norm": Broken("which has --qk-layernorm", "add it", drop=("--qk-layernorm",)),
     "QKV bias on Qwen3": Broken("does not have --add-qkv-bias", "drop it", flag("--add-qkv-bias")),
@@ -472,7 +440,7 @@ BROKEN = {
         "is a Hugging Face folder", "convert_hf_to_torch_dist.py", flag("--ref-load", f"FILE:{HF}"), error=False
     ),
     "labels that are no integers": Broken(
-        "'3.5'", "use other data", file=(DATA, '{"prompt": "1 + 1", "label": "3.5"}\n')
+        "'3.5'", "use other data", file=(DATA, '{"prompt": "1 + 1 = ? Answer: N", "label": "3.5"}\n')
     ),
     "no number of rollouts": Broken("--num-rollout is missing", "--num-epoch", drop=("--num-rollout",)),
 }
@@ -485,61 +453,13 @@ TWO_FINDINGS = {
 }
 
 
-def without(words: list[str], flags_to_drop: tuple[str, ...]) -> list[str]:
-    kept, dropping = [], False
-    for word in words:
-        if word.startswith("--"):
-            dropping = word in flags_to_drop
-        if not dropping:
-            kept.append(word)
-    return kept
-
-
 def test_the_table_is_long_enough():
     assert len(BROKEN) >= 25
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_finds_the_planted_fault(name, tmp_path, capsys):
-    broken = BROKEN[name]
-    words = command_of(broken.script, tmp_path, **broken.variables)
-    provide_files(words)
-    if broken.file is not None:
-        path, text = broken.file
-        assert (tmp_path / path).is_file()
-        if text is None:
-            (tmp_path / path).unlink()
-        else:
-            (tmp_path / path).write_text(text)
-    for path, text in broken.write.items():
-        (tmp_path / path).write_text(text.replace("ROOT/", f"{tmp_path}/"))
-    added = [word.replace("FILE:", f"{tmp_path}/") for word in broken.add]
-    words = [*without(words, broken.drop), *added]
-    if broken.tool is not None:
-        words = [word.replace(*broken.tool) if word.endswith(broken.tool[0]) else word for word in words]
-
-    findings, _ = check_command(parse_command(words))
-    matching = [f for f in findings if broken.names in f.message and broken.fix in f.message]
-    assert matching, findings
-    assert [f.severity for f in matching] == ["error" if broken.error else "warning"]
-    assert len(findings) <= (2 if name in TWO_FINDINGS else 1), findings
-    assert "\n" not in matching[0].message
-
-    status = main(words)
-    assert status == int(broken.error)
-    assert matching[0].message in capsys.readouterr().out
-
-
-def messages(words: list[str]) -> list[str]:
-    return [f"{finding.severity}: {finding.message}" for finding in check_command(parse_command(words))[0]]
-
-
-@pytest.fixture
-def sane(tmp_path) -> list[str]:
-    words = command_of(QWEN3_4B, tmp_path)
-    provide_files(words)
-    assert messages(words) == []
-    return words
+    expect(BROKEN[name], tmp_path, capsys, at_most=2 if name in TWO_FINDINGS else 1)
 
 
 SLIMES_ROUTE = ("--loss-type", "custom_loss", "--custom-loss-function-path", LOSS_PATH)
@@ -592,7 +512,7 @@ def test_a_trailing_slash_is_the_same_folder(sane):
 
 def test_an_evaluation_file_that_works(sane, tmp_path):
     aime = flags(train_arguments(sane))["--eval-prompt-data"][1]
-    (tmp_path / "own-keys.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
+    (tmp_path / "own-keys.jsonl").write_text('{"question": "1 + 1 = ? Answer: N", "answer": "2"}\n')
     (tmp_path / "e.yaml").write_text(
         "eval:\n  defaults: {n_samples_per_eval_prompt: 8, max_response_len: 10240, top_p: 0.7}\n  datasets:\n"
         f"    - {{name: aime, path: '{aime}'}}\n"
@@ -729,7 +649,9 @@ def test_no_junk_in_files_gives_a_traceback(custom, evaluation, config, label, s
     (tmp_path / "c.yaml").write_text(json.dumps(custom))  # which YAML contains
     (tmp_path / "e.yaml").write_text(json.dumps(evaluation))
     (Path(given_flags["--hf-checkpoint"][0]) / "config.json").write_text(json.dumps(config))
-    Path(given_flags["--prompt-data"][0]).write_text(json.dumps({"prompt": "1 + 1", "label": label}) + "\n")
+    Path(given_flags["--prompt-data"][0]).write_text(
+        json.dumps({"prompt": "1 + 1 = ? Answer: N", "label": label}) + "\n"
+    )
     words = [*sane, "--custom-config-path", str(tmp_path / "c.yaml"), "--eval-config", str(tmp_path / "e.yaml")]
     command = parse_command(words)
     findings, fipo = check_command(command)
@@ -840,9 +762,10 @@ def test_as_a_command(tmp_path):
             text=True,
         )
 
-    good = run("--", *words)
+    good = run("--no-slime-parser", "--", *words)
     assert good.returncode == 0 and "0 errors, 0 warnings" in good.stdout, good.stdout + good.stderr
-    bad = run("--", *words, "--global-batch-size", "512")
+    assert "slime's parser was not asked" in good.stdout
+    bad = run("--no-slime-parser", "--", *words, "--global-batch-size", "512")
     assert bad.returncode == 1 and "error: one optimizer step per rollout" in bad.stdout
     assert run("--", *words, "--num-layers", "x").returncode == 2
 

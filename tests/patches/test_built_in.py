@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from slime_fipo.check.slime_parser import run_parser
 from tests.algorithm.test_golden import CASES as GOLDEN
 from tests.algorithm.test_golden import GoldenCase
 from tests.slime.test_loss import assert_same
-from tests.slime.test_parser import BATCH, FIPO, FLAGS, MODEL, SCRIPT
+from tests.slime.test_parser import BATCH, FIPO, FLAGS, MODEL
 
 from .conftest import git, python
 from .test_series import patch
@@ -183,16 +184,12 @@ def parsed(base, patched, megatron, tmp_path_factory):
     common = [*FLAGS, "--debug-train-only", "--hf-checkpoint", str(tmp_path), "--ref-load", str(tmp_path), *BATCH]
 
     def run(wrapper, *flags):
-        return {"wrapper": wrapper, "script": SCRIPT, "arguments": [*common, *flags]}
+        return {"wrapper": wrapper, "arguments": [*common, *flags]}
 
     runs = {"policy_loss": run(False), "fipo": run(False, *FIPO), "launcher": run(True, *FIPO)}
     results = {}
     for name, tree in (("base", base), ("patched", patched)):
-        (tmp_path / "cases.json").write_text(json.dumps(runs))
-        arguments = ["-m", "tests.slime.parser_rig", tmp_path / "cases.json", tmp_path / "out.json"]
-        process = python(arguments, tree, megatron, timeout=540)
-        assert process.returncode == 0, process.stderr[-4000:]
-        results[name] = json.loads((tmp_path / "out.json").read_text())
+        results[name] = run_parser(runs, [tree, megatron], time_limit=540)["cases"]
     return results
 
 

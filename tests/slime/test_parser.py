@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from slime_fipo.check.parser_process import PARSE_ONLY
+from slime_fipo.check.slime_parser import run_parser
 from slime_fipo.plugin.arguments import HOOK_PATH, LOSS_PATH, MISMATCH_METRICS_PATH
-
-from .conftest import python
-
-HERE = Path(__file__).parent
-SCRIPT = str(HERE / "parse_only.py")
 
 MODEL = dict(
     architectures=["Qwen3ForCausalLM"],
@@ -148,17 +145,18 @@ YAML = {
 def cases(tmp_path: Path, version: str) -> dict:
     """All runs: what slime alone makes of some flags, and what it makes of them under the launcher."""
 
-    def wrapped(*flags, script=SCRIPT):
+    def wrapped(*flags, script=PARSE_ONLY):
         return {"wrapper": True, "script": script, "arguments": [*common, *flags]}
 
     def alone(*flags):
-        return {"wrapper": False, "script": SCRIPT, "arguments": [*common, *flags]}
+        return {"wrapper": False, "script": PARSE_ONLY, "arguments": [*common, *flags]}
 
     # v0.3.0 wants an SGLang older than the installed one; without rollouts no version reads SGLang's flags.
     common = [*FLAGS, "--debug-train-only", "--hf-checkpoint", str(tmp_path), "--ref-load", str(tmp_path)]
     lacking = tmp_path / "lacking.py"
     lacking.write_text(
-        "import slime.backends.megatron_utils.loss as loss\ndel loss.compute_policy_loss\n" + Path(SCRIPT).read_text()
+        "import slime.backends.megatron_utils.loss as loss\ndel loss.compute_policy_loss\n"
+        + Path(PARSE_ONLY).read_text()
     )
     runs = {
         "slime": alone(*BATCH),
@@ -187,7 +185,7 @@ def cases(tmp_path: Path, version: str) -> dict:
     # What the launcher says before slime's parser does is the same in every version.
     for name, (flags, _) in {**ERRORS, **(LAUNCHER_ERRORS if version == "main" else {})}.items():
         flags = [str(tmp_path / flag) if flag.endswith(".yaml") else flag for flag in flags]
-        runs[f"error_{name}"] = wrapped(*flags, script=str(lacking) if name == "lacking_slime" else SCRIPT)
+        runs[f"error_{name}"] = wrapped(*flags, script=str(lacking) if name == "lacking_slime" else PARSE_ONLY)
     if version != "v0.3.0":
         runs["error_cispo"] = wrapped(*BATCH, *FIPO, "--advantage-estimator", "cispo")
         runs["with_sglang"] = wrapped(*BATCH, *FIPO)
@@ -202,11 +200,7 @@ def parsed(slime, version, megatron, tmp_path_factory):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     for name, text in YAML.items():
         (tmp_path / name).write_text(text)
-    (tmp_path / "cases.json").write_text(json.dumps(cases(tmp_path, version)))
-    arguments = ["-m", "tests.slime.parser_rig", tmp_path / "cases.json", tmp_path / "out.json"]
-    run = python(arguments, slime, megatron, timeout=540)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads((tmp_path / "out.json").read_text())
+    return run_parser(cases(tmp_path, version), [slime, megatron], time_limit=540)["cases"]
 
 
 def namespace(run: dict) -> dict:

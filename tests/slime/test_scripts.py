@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ..check.test_check import provide_files
-from ..scripts.bash import LAUNCH_SCRIPTS, LOSSES, dry_run, flags, train_arguments
-from .conftest import python
+from slime_fipo.check.slime_parser import run_parser
 
-SCRIPT = str(Path(__file__).parent / "parse_only.py")
+from ..check.commands import provide_files
+from ..scripts.bash import LAUNCH_SCRIPTS, LOSSES, dry_run, flags, train_arguments
+
 # Flags whose name in the namespace is not their own.
 DESTS = {
     "--disable-bias-linear": ("add_bias_linear", False),
@@ -58,18 +58,11 @@ def commands(tmp_path_factory) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def parsed(slime, version, megatron, commands, tmp_path_factory) -> dict[str, dict]:
-    directory = tmp_path_factory.mktemp(f"scripts-{version}")
+def parsed(slime, version, megatron, commands) -> dict[str, dict]:
     # v0.3.0 wants an SGLang older than the installed one; without rollouts no version reads SGLang's flags.
     extra = ["--debug-train-only"] if version == "v0.3.0" else []
-    cases = {
-        name: {"wrapper": True, "script": SCRIPT, "arguments": [*words, *extra]} for name, words in commands.items()
-    }
-    (directory / "cases.json").write_text(json.dumps(cases))
-    arguments = ["-m", "tests.slime.parser_rig", directory / "cases.json", directory / "out.json"]
-    run = python(arguments, slime, megatron, timeout=900)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads((directory / "out.json").read_text())
+    cases = {name: {"wrapper": True, "arguments": [*words, *extra]} for name, words in commands.items()}
+    return run_parser(cases, [slime, megatron], time_limit=900)["cases"]
 
 
 def same(given: list[str], value) -> bool:
