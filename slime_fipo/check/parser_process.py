@@ -1,4 +1,4 @@
-"""Runs train commands through slime's real parser: ``python -m slime_fipo.check.parser_process CASES.json OUT.json``.
+"""Runs train commands through slime's real parser, in this process and forks of it: ``main`` reads and writes JSON.
 
 One interpreter loads what takes seconds (Megatron's arguments, SGLang's), and forks for every case; the fork then
 imports slime and runs ``python script …`` or ``python -m slime_fipo script …`` the way the interpreter does. It needs
@@ -19,8 +19,20 @@ import tempfile
 import traceback
 from typing import Any
 
-PARSE_ONLY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "parse_only.py")
+# What slime's train.py does first; the namespace is written out.
+PARSE_ONLY = """
+import json
+import os
+
+from slime.utils.arguments import parse_args
+
+if __name__ == "__main__":
+    args = parse_args()
+    with open(os.environ["PARSED"], "w") as file:
+        json.dump({name: repr(value) for name, value in sorted(vars(args).items())}, file)
+"""
 HOPPER = (9, 0)
+FORK_FAILED = 71
 # What slime's image has and a machine without a GPU mostly does not.
 GPU_PACKAGES = ("apex", "flash_attn", "modelopt", "nvidia_resiliency_ext", "transformer_engine")
 
@@ -78,18 +90,18 @@ def _described(error: BaseException) -> dict[str, Any]:
     }
 
 
-def _run_in_fork(case: dict[str, Any], parsed: str, report: str) -> None:
+def _run_in_fork(case: dict[str, Any], own_script: str, parsed: str, report: str) -> None:
     os.environ["PARSED"] = parsed
     ignored, error, status = _Ignored(), None, 70
     try:
-        script = case.get("script") or PARSE_ONLY
+        script = case.get("script") or own_script
+        sys.path.insert(0, os.path.dirname(script))
         arguments = [_Word(word) for word in case["arguments"]]
         if case["wrapper"]:
             sys.argv = ["slime_fipo", script, *arguments]
             runpy.run_module("slime_fipo", run_name="__main__", alter_sys=True)
         else:
             sys.argv = [script, *arguments]
-            sys.path[0] = os.path.dirname(script)
             runpy.run_path(script, run_name="__main__")
         status = 0
     except SystemExit as end:
@@ -118,16 +130,19 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         of the arguments that no parser took.
     """
     with tempfile.TemporaryDirectory() as directory:
-        output, parsed, report = (os.path.join(directory, name) for name in ("output", "parsed", "report"))
+        names = ("parse_only.py", "output", "parsed", "report")
+        own_script, output, parsed, report = (os.path.join(directory, name) for name in names)
+        with open(own_script, "w") as file:
+            file.write(PARSE_ONLY)
         pid = os.fork()
         if pid == 0:
             try:
                 descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)
-                _run_in_fork(case, parsed, report)
+                _run_in_fork(case, own_script, parsed, report)
             finally:
-                os._exit(71)
+                os._exit(FORK_FAILED)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         result = {"status": status, "started": False, "error": None, "ignored": [], "namespace": None}
         if os.path.exists(report):
@@ -142,6 +157,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """``sys.argv``: a file of cases by name, for :func:`run`, and the file to write the outcomes to."""
     with open(sys.argv[1]) as file:
         cases = json.load(file)
     out: dict[str, Any] = {"missing": [name for name in GPU_PACKAGES if importlib.util.find_spec(name) is None]}
@@ -155,7 +171,3 @@ def main() -> None:
         out["cases"] = {name: run(case) for name, case in cases.items()}
     with open(sys.argv[2], "w") as file:
         json.dump(out, file)
-
-
-if __name__ == "__main__":
-    main()

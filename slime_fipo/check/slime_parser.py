@@ -25,6 +25,7 @@ from typing import Any
 from ..errors import UserError
 from .command import Command
 from .finding import Finding, error, warning
+from .parser_process import FORK_FAILED
 
 TIME_LIMIT = 180.0  # seconds; 10 to 20 are usual, most of them for imports
 PACKAGE = Path(__file__).resolve().parents[2]
@@ -34,6 +35,8 @@ CONTROL = shlex.split("""
     --max-position-embeddings 1024 --micro-batch-size 1 --rollout-batch-size 8 --n-samples-per-prompt 8
     --global-batch-size 8 --num-rollout 1 --tensor-model-parallel-size 2 --actor-num-gpus-per-node 8 --colocate
 """)
+# Not with -m, which would import from the current folder first.
+_START = f"import sys; sys.path[:] = filter(None, sys.path); from {__package__}.parser_process import main; main()"
 # A crash below one of these is about the checkpoint's files, the network or the hardware; `file_rules` reads the files.
 _FOREIGN = re.compile(r"site-packages/(?:huggingface_hub|httpx|omegaconf|requests|torch|transformers|urllib3)/")
 _MENTIONS = {
@@ -140,7 +143,7 @@ def run_parser(cases: dict[str, Any], paths: Sequence[Path], time_limit: float =
         given, out, home = (os.path.join(directory, name) for name in ("cases.json", "out.json", "home"))
         os.mkdir(home)
         Path(given).write_text(json.dumps(cases), encoding="utf-8")
-        arguments = [sys.executable, "-m", f"{__package__}.parser_process", given, out]
+        arguments = [sys.executable, "-c", _START, given, out]
         process = subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
@@ -205,6 +208,8 @@ def judge(command: Command, slime: Path, result: dict[str, Any]) -> Verdict:
         findings = tuple(warning(message) for message in _ignored(command, slime, case["ignored"], sglang))
         return Verdict(f"{name} takes the command" + (", but not all of it" if findings else ""), findings)
     crash = case["error"]
+    if case["status"] < 0 or case["status"] == FORK_FAILED:
+        return Verdict(f"{name} could not be asked: its process ended with {case['status']}")
     if crash is None:
         if case["status"] == 0:  # --help, --version
             return Verdict(f"{name} was asked: the command ends before it trains")
@@ -215,7 +220,9 @@ def judge(command: Command, slime: Path, result: dict[str, Any]) -> Verdict:
         refusal = _one_line(crash["message"])
     else:
         refusal = _crash(crash)
-    return Verdict(f"{name} refuses the command", (error(f"slime's parser refuses the command: {refusal}"),))
+    # Engine flags come and go with SGLang's versions, and the job's may be another one.
+    severity = warning if any(prefix in refusal for prefix in _ENGINE_FLAGS) else error
+    return Verdict(f"{name} refuses the command", (severity(f"slime's parser refuses the command: {refusal}"),))
 
 
 def _is_environment(case: dict[str, Any], control: dict[str, Any], missing: Sequence[str]) -> bool:

@@ -98,6 +98,7 @@ def expect(broken: Broken, root: Path, capsys, at_most: int = 1) -> None:
         else:
             (root / path).write_text(text)
     for path, text in broken.write.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text.replace("ROOT/", f"{root}/"))
     added = [word.replace("FILE:", f"{root}/") for word in broken.add]
     words = [*without(words, broken.drop), *added]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 _ASSIGNMENT = re.compile(r"^(?:export )?[A-Z_]+=(?:\(\n.*?^\)|(?!\()[^`\n]*$)", re.MULTILINE | re.DOTALL)
 _MODEL = re.compile(r"""^(?:[A-Z_]+=\S+ )?source "?\S*?/(models/[\w.-]+\.sh)"?""", re.MULTILINE)
-_TRAIN = re.compile(r"\b(train(?:_async)?\.py)((?:[^\n]*\\\n)*[^\n]*)")
+_TRAIN = re.compile(r"""\b(train(?:_async)?\.py)"?((?:[^\n]*\\\n)*[^\n]*)""")
 
 
 def train_command(slime: Path, script: Path) -> list[str] | None:
