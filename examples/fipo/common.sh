@@ -255,7 +255,8 @@ launch() {
 
    if [[ ${DRY_RUN:-0} != 1 && ${CHECK:-1} != 0 ]]; then
       require_checkouts
-      PYTHONPATH="${FIPO_DIR}${PYTHONPATH:+:${PYTHONPATH}}" python3 -m slime_fipo.cli check -- "${train[@]}"
+      PYTHONPATH="${FIPO_DIR}:${MEGATRON_DIR}${PYTHONPATH:+:${PYTHONPATH}}" \
+         python3 -m slime_fipo.cli check -- "${train[@]}"
    fi
    # NVLink SHARP only where there is NVLink, as slime's own scripts have it.
    local nvls=0

@@ -258,7 +258,7 @@ def _slimes_verifier() -> Callable[[str, Any], dict] | None:
 
 def _data_file(flag: str, path: str, keys: dict[str, str | None], judge: LabelJudge | None) -> Iterator[Finding]:
     """``keys``: flag of each key and the key."""
-    path, bounds = _sliced_path(path)
+    path, bounds = sliced_path(path)
     if not Path(path).is_file():
         yield error(f"{flag} {path} does not exist; check the path")
         return
@@ -273,7 +273,7 @@ def _data_file(flag: str, path: str, keys: dict[str, str | None], judge: LabelJu
     labels: dict[Callable[[str], Finding], tuple[int, str]] = {}  # the first label of each verdict, and its row
     used = 0
     try:
-        for number, row in _chosen(path, bounds):
+        for number, row in chosen_rows(path, bounds):
             used += 1
             for name, key in keys.items():
                 if key is not None and key not in row:
@@ -306,7 +306,7 @@ def _data_file(flag: str, path: str, keys: dict[str, str | None], judge: LabelJu
         )
 
 
-def _sliced_path(path: str) -> tuple[str, slice]:
+def sliced_path(path: str) -> tuple[str, slice]:
     """slime's ``PATH@[START:END]``: the file and its rows that are used."""
     match = re.fullmatch(r"(.*)@\[(-?\d*):(-?\d*)\]", path, re.DOTALL)
     if match is None:
@@ -317,7 +317,7 @@ def _sliced_path(path: str) -> tuple[str, slice]:
         return path, slice(None)
 
 
-def _chosen(path: str, bounds: slice) -> Iterator[tuple[int, dict]]:
+def chosen_rows(path: str, bounds: slice) -> Iterator[tuple[int, dict]]:
     """The rows of ``path`` within ``bounds``, numbered from 1 as they stand in the file."""
     rows = _parquet_rows if path.endswith(".parquet") else _jsonl_rows
     if bounds == slice(None):

@@ -16,6 +16,7 @@ from typing import Any
 from ..algorithm import FipoConfig
 from .command import Command
 from .derived import OUR_REWARD
+from .file_rules import chosen_rows, sliced_path
 from .finding import Finding, error, warning
 
 # In slime v0.3.0 to main 624b824a.
@@ -156,10 +157,10 @@ def _other_form(prompts: _Prompts, args: argparse.Namespace, custom: str | None,
 
 
 class _Prompts:
-    """The prompts of a data file as texts, read until one matches; broken files have none, for `data` to say."""
+    """The prompts of a data file as texts, read until one matches; broken files have none, for ``data`` to say."""
 
     def __init__(self, path: str, key: str) -> None:
-        self.path, self.key = re.sub(r"@\[-?\d*:-?\d*\]$", "", path), key
+        (self.path, self.bounds), self.key = sliced_path(path), key
 
     def any(self) -> bool:
         return next(iter(self), None) is not None
@@ -168,30 +169,12 @@ class _Prompts:
         return any(pattern.search(text) for text in self)
 
     def __iter__(self) -> Iterator[str]:
-        read = self._parquet if self.path.endswith(".parquet") else self._jsonl
-        with contextlib.suppress(OSError, ValueError, ModuleNotFoundError, RecursionError):
-            for prompt in read():
-                if (text := "\n".join(_texts(prompt))) != "":
+        if not Path(self.path).is_file():
+            return
+        with contextlib.suppress(OSError, ValueError, ModuleNotFoundError):
+            for _, row in chosen_rows(self.path, self.bounds):
+                if (text := "\n".join(_texts(row.get(self.key)))) != "":
                     yield text
-
-    def _jsonl(self) -> Iterator[Any]:
-        with open(self.path, encoding="utf-8") as file:
-            for line in filter(str.strip, file):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    yield row.get(self.key)
-
-    def _parquet(self) -> Iterator[Any]:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-
-        try:
-            with ParquetFile(self.path) as file:
-                if self.key in file.schema_arrow.names:
-                    for batch in file.iter_batches(columns=[self.key]):
-                        yield from batch.column(0).to_pylist()
-        except ArrowException as problem:
-            raise ValueError(str(problem)) from None
 
 
 def _texts(prompt: Any) -> Iterator[str]:
