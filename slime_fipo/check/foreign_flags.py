@@ -36,7 +36,6 @@ REPLACEMENTS = {
     "custom-reward-function-path": _REWARD,
     "dataset": _PROMPTS,
     "dataset-name": _PROMPTS,
-    "delta": _DUAL_CLIP,
     "dynamic-filtering": "--dynamic-sampling-filter-path",
     "dynamic-sample": "--dynamic-sampling-filter-path",
     "entropy-coeff": "--entropy-coef",

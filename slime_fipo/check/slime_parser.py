@@ -260,6 +260,7 @@ def _ignored(command: Command, slime: Path, positions: Sequence[int], sglang: st
     if known is None:
         return
     reported = {flag for flag, _ in (*command.misspelt, *command.foreign)}
+    reported |= {word for message in command.misspelt_own for word in message.split()}
     before = None  # position of the last ignored word that belongs to an ignored flag
     for position in positions:
         word = command.arguments[position]

@@ -24,7 +24,6 @@ BROKEN = {
             "--eps-clip-low": "use --eps-clip,",
             "--learning-rate": "use --lr",
             "--learning_rate": "use --lr",
-            "--delta": "--fipo-dual-clip-c",
             "--num-iterations": "--num-steps-per-rollout",
             "--over-sample-batch-size": "use --over-sampling-batch-size",
             "--custom-reward-function-path": "use --custom-rm-path",
