@@ -7,7 +7,6 @@ from __future__ import annotations
 
 _BATCH = "--global-batch-size (samples per optimizer step)"
 _CLIP_HIGH = "--eps-clip-high"
-_DUAL_CLIP = "--eps-clip-c, or --fipo-dual-clip-c with fipo_loss"
 _ENGINE_MEMORY = "--sglang-mem-fraction-static"
 _EPOCHS = "--num-rollout or --num-epoch; slime trains on each response once"
 _GROUP = "--n-samples-per-prompt"
@@ -30,7 +29,6 @@ REPLACEMENTS = {
     "clip-eps": "--eps-clip",
     "clip-eps-high": _CLIP_HIGH,
     "clip-eps-low": "--eps-clip",
-    "clip-ratio-c": _DUAL_CLIP,
     "colocate-all-models": "--colocate",
     "custom-reward-function-name": _REWARD,
     "custom-reward-function-path": _REWARD,
