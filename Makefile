@@ -18,7 +18,7 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed-local ## train a small model with FIPO on this machine (about 2 minutes, CPU)
-	$(BIN)/slime-fipo local --save runs/demo $(ARGS)
+	$(BIN)/slime-fipo local --save runs/demo --fipo-record runs/demo/records --fipo-record-interval 3 $(ARGS)
 
 compare: $(VENV)/.installed-local ## DAPO against FIPO, several seeds (about half an hour, CPU)
 	$(BIN)/slime-fipo compare $(ARGS)

@@ -1,22 +1,49 @@
 """The flags of ``slime-fipo local``: slime's and Megatron's names and meanings wherever they have one.
 
 Values are checked here as far as they can be without reading a file; what a file holds is checked in ``data.py`` and
-``run_directory.py``. The defaults are the main job: ``slime-fipo local`` alone runs it.
+``run_directory.py``. The defaults are the main job: ``slime-fipo local`` alone runs it. A number's range is its flag's
+type; ranges end where float32 or memory would, so that no value in them ends in an error of torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from slime_fipo.algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args, fipo_dests
 
 from ..errors import OneLineParser, UserError
+from ..records.arguments import add_record_arguments, record_settings
 from .task import ALPHABET, DATA_DIRECTORY, SUMS
 
 SHIPPED = DATA_DIRECTORY / SUMS.name
+MAX_PARAMETERS = 2**28  # weights, gradient and Adam's moments are 4 GiB then
+MAX_SAMPLES = 10**6  # in a rollout
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: an int or a float in [low, high]."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{value} is out of range; it must be in [{low:g}, {high:g}]")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse prints it: «invalid int value»
+    return parse
+
+
+_COUNT = number(int, 1, 10**6)
+_INTERVAL = number(int, 1, 10**9)
+_STEPS = number(int, 0, 10**9)
+_SEED = number(int, 0, 2**63 - 1)
+_LEARNING_RATE = number(float, 1e-30, 1e18)
+_BETA = number(float, 0, 0.999999)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -37,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training_arguments(parser.add_argument_group("training"))
     _add_base_arguments(parser.add_argument_group("base model (trained from demonstrations unless --load is given)"))
     _add_model_arguments(parser.add_argument_group("model"))
-    return add_fipo_arguments(parser)
+    return add_record_arguments(add_fipo_arguments(parser))
 
 
 def _add_run_arguments(group) -> None:
@@ -46,9 +73,11 @@ def _add_run_arguments(group) -> None:
         "--load",
         help="run directory or checkpoint file to start from (weights, optimizer state and rollout counter)",
     )
-    group.add_argument("--save-interval", type=int, default=1, help="rollouts between checkpoints")
-    group.add_argument("--seed", type=int, default=1234, help="seed of initial weights, base training and sampling")
-    group.add_argument("--num-threads", type=int, default=2, help="CPU threads; results depend on it bit by bit")
+    group.add_argument("--save-interval", type=_INTERVAL, default=1, help="rollouts between checkpoints")
+    group.add_argument("--seed", type=_SEED, default=1234, help="seed of initial weights, base training and sampling")
+    group.add_argument(
+        "--num-threads", type=number(int, 1, 1024), default=2, help="CPU threads; results depend on it bit by bit"
+    )
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model lives")
 
 
@@ -71,15 +100,15 @@ def _add_data_arguments(group) -> None:
         "answer is the label and the response ended by itself, else 0",
     )
     group.add_argument("--rollout-shuffle", action="store_true", help="shuffle the prompts in every epoch")
-    group.add_argument("--rollout-seed", type=int, default=42, help="seed of --rollout-shuffle")
+    group.add_argument("--rollout-seed", type=_SEED, default=42, help="seed of --rollout-shuffle")
 
 
 def _add_rollout_arguments(group) -> None:
-    group.add_argument("--num-rollout", type=int, default=16, help="number of rollouts")
-    group.add_argument("--rollout-batch-size", type=int, default=32, help="prompts per rollout")
-    group.add_argument("--n-samples-per-prompt", type=int, default=8, help="responses per prompt")
-    group.add_argument("--rollout-max-response-len", type=int, default=32, help="longest response in tokens")
-    group.add_argument("--rollout-temperature", type=float, default=1.0, help="sampling temperature")
+    group.add_argument("--num-rollout", type=_STEPS, default=16, help="number of rollouts")
+    group.add_argument("--rollout-batch-size", type=_COUNT, default=32, help="prompts per rollout")
+    group.add_argument("--n-samples-per-prompt", type=_COUNT, default=8, help="responses per prompt")
+    group.add_argument("--rollout-max-response-len", type=_COUNT, default=32, help="longest response in tokens")
+    group.add_argument("--rollout-temperature", type=number(float, 1e-6, 1e6), default=1.0, help="sampling temperature")
     group.add_argument(
         "--dynamic-sampling",
         action=argparse.BooleanOptionalAction,
@@ -88,25 +117,29 @@ def _add_rollout_arguments(group) -> None:
     )
     group.add_argument(
         "--max-sampling-rounds",
-        type=int,
+        type=_COUNT,
         default=4,
         help="sample at most this many times --rollout-batch-size prompts per rollout; what is still missing then is "
         "filled up with groups of equal reward, which have advantage 0",
     )
-    group.add_argument("--eval-interval", type=int, default=4, help="rollouts between evaluations")
-    group.add_argument("--n-samples-per-eval-prompt", type=int, default=4, help="responses per held-out prompt")
+    group.add_argument("--eval-interval", type=_INTERVAL, default=4, help="rollouts between evaluations")
+    group.add_argument(
+        "--n-samples-per-eval-prompt", type=number(int, 1, 1000), default=4, help="responses per held-out prompt"
+    )
 
 
 def _add_training_arguments(group) -> None:
     group.add_argument("--loss-type", choices=("policy_loss", "fipo_loss"), default="fipo_loss", help="the objective")
     group.add_argument("--advantage-estimator", choices=("grpo",), default="grpo", help="advantage estimator")
-    group.add_argument("--global-batch-size", type=int, default=32, help="samples per optimizer step")
+    group.add_argument("--global-batch-size", type=_COUNT, default=32, help="samples per optimizer step")
     group.add_argument(
-        "--num-steps-per-rollout", type=int, help="optimizer steps per rollout, in place of --global-batch-size"
+        "--num-steps-per-rollout", type=_COUNT, help="optimizer steps per rollout, in place of --global-batch-size"
     )
-    group.add_argument("--eps-clip", type=float, default=0.2, help="PPO clip range")
-    group.add_argument("--eps-clip-high", type=float, default=0.28, help="PPO clip upper range")
-    group.add_argument("--eps-clip-c", type=float, help="dual clip of policy_loss (fipo_loss: --fipo-dual-clip-c)")
+    group.add_argument("--eps-clip", type=number(float, 0, 1), default=0.2, help="PPO clip range")
+    group.add_argument("--eps-clip-high", type=number(float, 0, 1e6), default=0.28, help="PPO clip upper range")
+    group.add_argument(
+        "--eps-clip-c", type=number(float, 1, 1e30), help="dual clip of policy_loss (fipo_loss: --fipo-dual-clip-c)"
+    )
     group.add_argument(
         "--calculate-per-token-loss",
         action="store_true",
@@ -133,11 +166,13 @@ def _add_training_arguments(group) -> None:
         "--slime-root",
         help="checkout of slime whose real loss_function, with the FIPO plugin, takes the place of the engine's own",
     )
-    group.add_argument("--lr", type=float, default=1e-4, help="learning rate (Adam)")
-    group.add_argument("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
-    group.add_argument("--adam-beta1", type=float, default=0.9, help="Adam beta 1")
-    group.add_argument("--adam-beta2", type=float, default=0.98, help="Adam beta 2")
-    group.add_argument("--clip-grad", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    group.add_argument("--lr", type=_LEARNING_RATE, default=1e-4, help="learning rate (Adam)")
+    group.add_argument("--weight-decay", type=number(float, 0, 1e6), default=0.01, help="decoupled weight decay")
+    group.add_argument("--adam-beta1", type=_BETA, default=0.9, help="Adam beta 1")
+    group.add_argument("--adam-beta2", type=_BETA, default=0.98, help="Adam beta 2")
+    group.add_argument(
+        "--clip-grad", type=number(float, 0, 1e30), default=1.0, help="largest gradient norm; 0: no clipping"
+    )
 
 
 def _add_base_arguments(group) -> None:
@@ -147,30 +182,38 @@ def _add_base_arguments(group) -> None:
         "labels as responses for your own",
     )
     group.add_argument("--demo-response-key", default="response", help="JSON key of the response")
-    group.add_argument("--demo-steps", type=int, default=400, help="optimizer steps")
-    group.add_argument("--demo-batch-size", type=int, default=64, help="demonstrations per step")
-    group.add_argument("--demo-lr", type=float, default=2e-3, help="peak learning rate; linear warm-up, cosine decay")
+    group.add_argument("--demo-steps", type=_STEPS, default=400, help="optimizer steps")
+    group.add_argument("--demo-batch-size", type=_COUNT, default=64, help="demonstrations per step")
+    group.add_argument(
+        "--demo-lr", type=_LEARNING_RATE, default=2e-3, help="peak learning rate; linear warm-up, cosine decay"
+    )
 
 
 def _add_model_arguments(group) -> None:
-    group.add_argument("--num-layers", type=int, default=4, help="transformer layers")
-    group.add_argument("--hidden-size", type=int, default=128, help="hidden size")
-    group.add_argument("--ffn-hidden-size", type=int, default=384, help="MLP hidden size")
-    group.add_argument("--num-attention-heads", type=int, default=4, help="attention heads")
-    group.add_argument("--num-query-groups", type=int, default=2, help="key-value heads")
-    group.add_argument("--kv-channels", type=int, default=32, help="size of an attention head")
-    group.add_argument("--init-method-std", type=float, default=0.09, help="standard deviation of the initial weights")
-    group.add_argument("--rotary-base", type=int, default=10000, help="base period of RoPE")
+    group.add_argument("--num-layers", type=number(int, 1, 1000), default=4, help="transformer layers")
+    group.add_argument("--hidden-size", type=_COUNT, default=128, help="hidden size")
+    group.add_argument("--ffn-hidden-size", type=_COUNT, default=384, help="MLP hidden size")
+    group.add_argument("--num-attention-heads", type=_COUNT, default=4, help="attention heads")
+    group.add_argument("--num-query-groups", type=_COUNT, default=2, help="key-value heads")
+    group.add_argument("--kv-channels", type=_COUNT, default=32, help="size of an attention head")
+    group.add_argument(
+        "--init-method-std",
+        type=number(float, 1e-30, 1e3),
+        default=0.09,
+        help="standard deviation of the initial weights",
+    )
+    group.add_argument("--rotary-base", type=_INTERVAL, default=10000, help="base period of RoPE")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse and check; ``--global-batch-size`` is settled and the effective FIPO settings are in ``args.fipo``.
+    """Parse and check; ``--global-batch-size`` is settled, effective settings are in ``args.fipo`` and ``args.record``.
 
     Raises:
         UserError: one line that names the flag and the fix.
     """
     args = build_parser().parse_args(argv)
-    _check_numbers(args)
+    args.record = record_settings(args)
+    _check_values(args)
     _settle_batch_sizes(args)
     args.fipo = _objective_settings(args)
     if args.demo_data is None and args.prompt_data == str(SHIPPED / "train.jsonl"):
@@ -178,13 +221,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-_AT_LEAST = {
-    1: "save_interval num_threads rollout_batch_size n_samples_per_prompt rollout_max_response_len max_sampling_rounds"
-    " eval_interval n_samples_per_eval_prompt demo_batch_size num_layers hidden_size ffn_hidden_size"
-    " num_attention_heads num_query_groups kv_channels rotary_base",
-    0: "num_rollout demo_steps seed rollout_seed weight_decay clip_grad eps_clip eps_clip_high",
-}
-_ABOVE_ZERO = "rollout_temperature lr demo_lr init_method_std"
+def given_arguments(argv: list[str]) -> dict:
+    """The values of the flags that stand in ``argv``, however they are spelled, without any default."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
 
 
 def flag_of(dest: str) -> str:
@@ -193,21 +235,9 @@ def flag_of(dest: str) -> str:
     return next(flags, "--" + dest.replace("_", "-"))
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    for bound, names in _AT_LEAST.items():
-        for name in names.split():
-            if not bound <= getattr(args, name) < math.inf:
-                raise UserError(f"{flag_of(name)} is {getattr(args, name)}; it must be at least {bound}")
-    for name in _ABOVE_ZERO.split():
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"{flag_of(name)} is {getattr(args, name)}; it must be above 0")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"{flag_of(name)} is {getattr(args, name)}; it must be in [0, 1)")
+def _check_values(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
-    if args.eps_clip > 1:
-        raise UserError(f"--eps-clip is {args.eps_clip}; it must be at most 1")
     if args.num_attention_heads % args.num_query_groups:
         raise UserError(
             f"--num-query-groups is {args.num_query_groups}; it must divide --num-attention-heads "
@@ -220,19 +250,37 @@ def _check_numbers(args: argparse.Namespace) -> None:
         )
     if args.kv_channels % 2:
         raise UserError(f"--kv-channels is {args.kv_channels}; RoPE needs an even number")
+    attention = args.hidden_size * args.kv_channels * 2 * (args.num_attention_heads + args.num_query_groups)
+    parameters = args.num_layers * (attention + 3 * args.hidden_size * args.ffn_hidden_size)
+    if parameters > MAX_PARAMETERS:
+        raise UserError(
+            f"--num-layers, --hidden-size and the like make a model of {parameters:.1e} parameters; at most"
+            f" {MAX_PARAMETERS:.1e}"
+        )
+    name = args.eval_prompt_data[0]
+    if not name.isprintable() or not name or name.rsplit("/")[-1] == "step":
+        raise UserError(f"--eval-prompt-data {name!r}: not a name for metrics; choose another, such as heldout")
+    if args.record is not None and _lies_in(args.record.folder, Path(args.save, "checkpoints")):
+        raise UserError(f"--fipo-record {args.record.folder} is inside the run's checkpoints; choose another folder")
+    if args.record is not None and args.slime_root is not None:
+        raise UserError("--fipo-record records the engine's own loss, not that of --slime-root; drop one of them")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _settle_batch_sizes(args: argparse.Namespace) -> None:
     samples = args.rollout_batch_size * args.n_samples_per_prompt
     origin = f"{args.rollout_batch_size} prompts x {args.n_samples_per_prompt} samples = {samples}"
+    if samples > MAX_SAMPLES:
+        raise UserError(f"--rollout-batch-size makes a rollout of {origin} samples; it must be at most {MAX_SAMPLES}")
     if args.num_steps_per_rollout is not None:
-        if args.num_steps_per_rollout < 1 or samples % args.num_steps_per_rollout:
+        if samples % args.num_steps_per_rollout:
             raise UserError(
                 f"--num-steps-per-rollout is {args.num_steps_per_rollout}; it must divide a rollout's {origin} samples"
             )
         args.global_batch_size = samples // args.num_steps_per_rollout
-    if args.global_batch_size < 1:
-        raise UserError(f"--global-batch-size is {args.global_batch_size}; it must be at least 1")
     if args.global_batch_size > samples:
         raise UserError(f"--global-batch-size is {args.global_batch_size}, more than a rollout's {origin} samples")
     if samples % args.global_batch_size:

@@ -53,7 +53,7 @@ def _checksum(tensors: dict[str, torch.Tensor], counters: str) -> str:
     digest = hashlib.sha256(counters.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
     return digest.hexdigest()
 
 
@@ -65,13 +65,18 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], counters: dict
     header = json.dumps(counters, sort_keys=True)
     metadata = {"counters": header, "sha256": _checksum(tensors, header)}
     files.replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    for old in checkpoint_files(path.parent)[KEPT:]:
+    remove_old_checkpoints(path.parent)
+
+
+def remove_old_checkpoints(directory: Path) -> None:
+    """Leave the newest ``KEPT``."""
+    for old in checkpoint_files(directory)[KEPT:]:
         old.unlink()
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
     """Complete checkpoints, the newest first."""
-    return sorted((f for f in directory.glob("*.safetensors") if not f.name.startswith(".")), reverse=True)
+    return sorted((f for f in directory.glob("*.safetensors") if not files.is_temporary(f)), reverse=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -86,6 +91,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
-    if metadata.get("sha256") != _checksum(tensors, metadata.get("counters", "")):
+    if "sha256" not in metadata:
+        raise ValueError(f"{path} is not a checkpoint of slime-fipo local")
+    if metadata["sha256"] != _checksum(tensors, metadata.get("counters", "")):
         raise ValueError(f"{path} is damaged (its checksum is wrong)")
     return Checkpoint(tensors, json.loads(metadata["counters"]))

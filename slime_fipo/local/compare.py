@@ -14,9 +14,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 from rich.table import Table
 
+from slime_fipo.algorithm import fipo_dests
+
 from .. import files
 from ..errors import OneLineParser, UserError
-from .arguments import parse_arguments
+from .arguments import flag_of, given_arguments, number, parse_arguments
 from .engine import run
 from .report import Progress
 from .run_directory import RunDirectory
@@ -56,9 +58,11 @@ def main(argv: list[str]) -> None:
             for arm, arm_flags in ARMS.items():
                 progress.say(f"seed {seed}: {arm}")
                 save = base.with_name(arm.lower().replace(" ", "-"))
-                rollouts = ["--num-rollout", str(args.num_rollout), "--load", str(base), "--save", str(save)]
-                directory = run(parse_arguments([*shared, *arm_flags, *rollouts]), progress)
-                curves[arm].append(_curve(directory))
+                own = ["--num-rollout", str(args.num_rollout), "--load", str(base), "--save", str(save)]
+                if args.fipo_record is not None:
+                    own += ["--fipo-record", str(Path(args.fipo_record, base.parent.name, save.name))]
+                run_args = parse_arguments([*shared, *arm_flags, *own])
+                curves[arm].append(_curve(run(run_args, progress), run_args.eval_prompt_data[0]))
     results = {arm: [_measure(curve) for curve in per_seed] for arm, per_seed in curves.items()}
     _report(progress, root, args, curves, results)
 
@@ -66,33 +70,31 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = OneLineParser(
         prog="slime-fipo compare",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="DAPO (policy_loss) against FIPO with the paper's 7B and 32B settings, from the same base models "
         "with the same budget. Flags of slime-fipo local beside these apply to every run.",
     )
     parser.add_argument("--save", default="runs/compare", help="directory of all runs and of the report")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
-    parser.add_argument("--first-seed", type=int, default=1, help="the others follow it")
-    parser.add_argument("--num-rollout", type=int, default=24, help="rollouts per run")
+    parser.add_argument("--seeds", type=number(int, 1, 1000), default=3, help="number of seeds")
+    parser.add_argument("--first-seed", type=number(int, 0, 2**62), default=1, help="the others follow it")
+    parser.add_argument("--num-rollout", type=number(int, 1, 10**9), default=24, help="rollouts per run")
     args, flags = parser.parse_known_args(argv)
-    for name in ("seeds", "num_rollout"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for flag in ("--seed", "--load", "--loss-type"):
-        if flag in flags:
-            raise UserError(f"{flag} is what the comparison sets itself; drop it")
+    given = given_arguments(flags)
+    for name in ("seed", "load", "loss_type", "eps_clip_c", *fipo_dests()):
+        if name in given:
+            raise UserError(f"{flag_of(name)} is what the comparison sets itself; drop it")
     for arm_flags in ARMS.values():  # a bad flag is an error now, not after the first arm
         parse_arguments([*_DEFAULTS, *flags, *arm_flags])
+    args.fipo_record = given.get("fipo_record")  # each run gets a folder of its own in it
     return args, flags
 
 
-def _curve(directory: RunDirectory) -> dict[str, list[float]]:
+def _curve(directory: RunDirectory, eval_name: str) -> dict[str, list[float]]:
     rows = [row for row in directory.metrics() if "eval/step" in row]
     return {
         "rollouts": [row["eval/step"] for row in rows],
-        "accuracy": [row["eval/heldout"] for row in rows],
-        "length": [row["eval/heldout/response_len/mean"] for row in rows],
+        "accuracy": [row[f"eval/{eval_name}"] for row in rows],
+        "length": [row[f"eval/{eval_name}/response_len/mean"] for row in rows],
     }
 
 

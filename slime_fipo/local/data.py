@@ -69,6 +69,8 @@ def read_jsonl(flag: str, path: str, input_key: str, target_key: str, alphabet: 
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{place}: a number too long or brackets too deep for Python's JSON") from None
         if not isinstance(entry, dict):
             raise UserError(
                 f"{place}: a {type(entry).__name__}; it must be an object with {input_key!r}, {target_key!r}"

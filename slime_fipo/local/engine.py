@@ -7,6 +7,7 @@ everything else is a function of that and the configuration.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -16,10 +17,19 @@ import torch
 
 from ..errors import UserError
 from .arguments import flag_of, parse_arguments
-from .checkpoint import Checkpoint, checkpoint_files, read_checkpoint, restore_tensors, save_checkpoint, state_tensors
+from .checkpoint import (
+    Checkpoint,
+    checkpoint_files,
+    read_checkpoint,
+    remove_old_checkpoints,
+    restore_tensors,
+    save_checkpoint,
+    state_tensors,
+)
 from .data import Alphabet, PromptSource, read_jsonl
 from .model import build_model, initialize_megatron, packed_logits
 from .objective import policy_step
+from .recording import Recorder
 from .report import Progress, print_summary, summarize, write_picture
 from .rollout import Sample, collect_rollout, sample_responses, seeded_generator
 from .run_directory import RunDirectory
@@ -29,6 +39,7 @@ from .training import demonstration_batch, demonstration_step, make_optimizer, t
 _ROLLOUT, _EVAL = 0, 1  # purposes of random draws
 DEMO_LOG_INTERVAL = 50  # base-training steps between rows of metrics
 DEMO_SAVE_INTERVAL = 100
+_ALLOCATOR = "DefaultCPUAllocator"  # torch's only sign of a CPU without memory is a RuntimeError with this in its text
 _MODEL_FLAGS = (
     "alphabet",
     "num_layers",
@@ -77,6 +88,9 @@ class Engine:
     def run(self, progress: Progress) -> None:
         """Continue from the newest checkpoint to the end, and leave the report."""
         self.progress = progress
+        if self.args.record is not None:
+            record = Recorder(self.args.record, self.args, progress.say)
+            self.step_function = functools.partial(policy_step, record=record)
         initialize_megatron(self.device, self.args.num_threads)
         longest = max(len(record.prompt) for record in self.prompt_source.records + self.heldout)
         self.model = build_model(
@@ -98,6 +112,7 @@ class Engine:
             self._evaluate("before")
             self._save()
         self._train_on_rollouts()
+        remove_old_checkpoints(self.directory.checkpoints)
         write_picture(self.directory)
         self.directory.write_json("summary.json", summarize(self.args, self.directory))
 
@@ -130,7 +145,7 @@ class Engine:
             groups, metrics = collect_rollout(args, self.model, self.alphabet, self.prompt_source, generator)
             sampled = time.monotonic()
             if metrics["rollout/groups_filled_up"] < len(groups):
-                batch = make_rollout_batch(args, self.model, groups, self.device)
+                batch = make_rollout_batch(args, self.model, groups, self.device, rollout)
                 metrics |= train_on_rollout(args, self.model, self.optimizer, batch, self.step_function)
             else:
                 self.progress.say(
@@ -252,6 +267,14 @@ def run(args: argparse.Namespace, progress: Progress) -> RunDirectory:
     if engine.finished:
         progress.say(f"{args.save} is finished; nothing was run")
     else:
-        engine.run(progress)
+        try:
+            engine.run(progress)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and _ALLOCATOR not in str(error):
+                raise
+            raise UserError(
+                "not enough memory; choose a smaller model, --rollout-max-response-len, --global-batch-size or"
+                " --demo-batch-size"
+            ) from None
     engine.directory.close()
     return engine.directory

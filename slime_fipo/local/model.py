@@ -14,6 +14,8 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 
+from ..errors import UserError
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # megatron-core warns once per GPU package that is absent
     from megatron.core import parallel_state
@@ -92,6 +94,13 @@ def build_model(args: argparse.Namespace, vocab_size: int, max_sequence_length: 
         rotary_base=args.rotary_base,
     )
     return model.to(device)
+
+
+def diverged(sign: str) -> UserError:
+    """What is raised where numbers are no longer finite."""
+    return UserError(
+        f"training diverged ({sign}); choose another --save and a smaller --lr, --demo-lr or --init-method-std"
+    )
 
 
 def packed_logits(model: GPTModel, tokens: list[torch.Tensor]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 
 from .data import END, Alphabet, PromptSource, Record
+from .model import diverged
 
 SAMPLING_BATCH = 256  # sequences decoded at once; bounds the KV cache
 
@@ -55,6 +56,9 @@ def generate(
 
     Returns:
         Per prompt the response tokens (``END`` included if it came) and the log-prob of each at sampling time.
+
+    Raises:
+        UserError: the logits are not finite.
     """
     device = generator.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -81,6 +85,8 @@ def generate(
         context.enable_decode_mode()
         fed = position
         log_probs_now = (logits.float() / temperature).log_softmax(-1)
+        if not log_probs_now.isfinite().all():
+            raise diverged("logits that are not finite")
         drawn = torch.multinomial(log_probs_now.exp(), 1, generator=generator)
         samples = (prompt_lengths <= position) & ~done
         tokens[:, position] = torch.where(samples, drawn.squeeze(1), tokens[:, position])

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .. import files
 from ..errors import UserError
+from ..records.arguments import RECORD_DESTS
 from .arguments import flag_of
 
 _FILE_FLAGS = ("prompt_data", "eval_prompt_data", "demo_data", "load")  # compared by content, not by path
@@ -53,7 +54,8 @@ class RunDirectory:
         """Whether the directory is this configuration's already; False if it is empty or absent."""
         file = self.path / "args.json"
         if not file.exists():
-            if self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+            # A process that died before args.json was in place leaves the lock and perhaps half of args.json.
+            if self.path.is_dir() and any(p.name != ".lock" and not files.is_temporary(p) for p in self.path.iterdir()):
                 raise UserError(f"--save {self.path}: not empty and not a run directory (no args.json); choose another")
             return False
         try:
@@ -126,8 +128,9 @@ class RunDirectory:
 
 
 def _configuration(args: argparse.Namespace) -> dict:
-    """What ``args.json`` holds: every flag but --save, the content of files, and what the FIPO flags come down to."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("save", "fipo", *_FILE_FLAGS)}
+    """What ``args.json`` holds: the flags that the run depends on, the content of files, the effective settings."""
+    own = ("save", "fipo", "record", *RECORD_DESTS, *_FILE_FLAGS)
+    flags = {name: value for name, value in vars(args).items() if name not in own}
     paths = {name: getattr(args, name) for name in _FILE_FLAGS}
     return {
         "args": flags,

@@ -1,7 +1,8 @@
 """From rewarded groups to training batches in slime's data shapes: per-sample lists, and steps as slices of them.
 
 A batch is a dict with slime's keys: ``tokens``, ``total_lengths``, ``response_lengths``, ``loss_masks``,
-``rollout_log_probs``, ``log_probs``, ``advantages``. Nothing here knows which loss will read it.
+``rollout_log_probs``, ``log_probs``, ``advantages``, and what only recording reads: ``raw_reward``, ``rollout_id`` and
+``rollout_position``. Nothing here knows which loss will read it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def group_advantages(args: argparse.Namespace, groups: list[list[Sample]]) -> li
 
 
 def make_rollout_batch(
-    args: argparse.Namespace, model: GPTModel, groups: list[list[Sample]], device: torch.device
+    args: argparse.Namespace, model: GPTModel, groups: list[list[Sample]], device: torch.device, rollout_id: int
 ) -> dict[str, list]:
     """The whole rollout as one batch, with the trainer's own old log-probs (before the rollout's first step)."""
     samples = [sample for group in groups for sample in group]
@@ -42,6 +43,9 @@ def make_rollout_batch(
         "advantages": [
             torch.full((n,), a, device=device) for n, a in zip(lengths, group_advantages(args, groups), strict=True)
         ],
+        "raw_reward": [sample.reward for sample in samples],
+        "rollout_id": [rollout_id] * len(samples),
+        "rollout_position": list(range(len(samples))),
     }
     batch["log_probs"] = []
     model.eval()

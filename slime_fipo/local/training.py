@@ -12,9 +12,8 @@ from collections.abc import Callable
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from ..errors import UserError
 from .data import END, Alphabet, Record
-from .model import packed_logits
+from .model import diverged, packed_logits
 from .objective import reduce_tokens
 from .train_data import response_log_probs, select
 
@@ -36,9 +35,7 @@ def apply_gradient(args: argparse.Namespace, model: GPTModel, optimizer: torch.o
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf).item()
     if not math.isfinite(norm):
-        raise UserError(
-            f"training diverged (gradient norm {norm}); choose another --save and a smaller --lr or --demo-lr"
-        )
+        raise diverged(f"gradient norm {norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

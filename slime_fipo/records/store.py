@@ -66,7 +66,7 @@ def write_step(
         The file, :func:`step_file`.
 
     Raises:
-        OSError: it cannot be written. ``safetensors`` raises its own error for a full disk; it comes as OSError too.
+        OSError: it cannot be written.
     """
     if spans is None:
         spans = [[(0, len(record.tokens))] for record in records]
@@ -89,10 +89,7 @@ def write_step(
         tensors[name] = _packed([np.asarray(v)[i] for v, i in zip(values, own, strict=True)], dtype)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header.as_dict())}
     path = step_file(folder, header)
-    try:
-        files.replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    except SafetensorError as error:
-        raise OSError(str(error).splitlines()[0]) from None
+    files.replace(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     return path
 
 

@@ -44,7 +44,7 @@ def test_compare(command, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "says"),
-    [(["--seeds", "0"], "--seeds is 0"), (["--seed", "3"], "--seed is what"), (["--lr", "-1"], "--lr")],
+    [(["--seeds", "0"], "--seeds: 0 is out of range"), (["--seed", "3"], "--seed is what"), (["--lr", "-1"], "--lr")],
 )
 def test_bad_input(command, tmp_path, flags, says):
     result = command("compare", *SHRINK, *flags, "--save", str(tmp_path / "compare"), check=False)

@@ -119,7 +119,7 @@ def test_rollout_batch_has_slime_s_shapes(model_and_alphabet):
     args = tiny_args()
     records = [Record(prompt, "1") for prompt in PROMPTS]
     groups = sample_responses(args, model, alphabet, records, 4, seeded_generator(CPU, 1))
-    batch = make_rollout_batch(args, model, groups, CPU)
+    batch = make_rollout_batch(args, model, groups, CPU, 0)
     assert {len(values) for values in batch.values()} == {24}
     for i, length in enumerate(batch["response_lengths"]):
         assert len(batch["tokens"][i]) == batch["total_lengths"][i]
