@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
                 save = base.with_name(arm.lower().replace(" ", "-"))
                 own = ["--num-rollout", str(args.num_rollout), "--load", str(base), "--save", str(save)]
                 if args.fipo_record is not None:
-                    own += ["--fipo-record", str(Path(args.fipo_record, base.parent.name, save.name))]
+                    own += ["--fipo-record", str(Path(args.fipo_record, base.parent.name, save.name, "records"))]
                 run_args = parse_arguments([*shared, *arm_flags, *own])
                 curves[arm].append(_curve(run(run_args, progress), run_args.eval_prompt_data[0]))
     results = {arm: [_measure(curve) for curve in per_seed] for arm, per_seed in curves.items()}
@@ -85,7 +85,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(f"{flag_of(name)} is what the comparison sets itself; drop it")
     for arm_flags in ARMS.values():  # a bad flag is an error now, not after the first arm
         parse_arguments([*_DEFAULTS, *flags, *arm_flags])
-    args.fipo_record = given.get("fipo_record")  # each run gets a folder of its own in it
+    args.fipo_record = given.get("fipo_record")  # of which each run gets a folder, seed-N/ARM/records
     return args, flags
 
 

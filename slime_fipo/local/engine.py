@@ -223,13 +223,16 @@ def _checkpoint_to_load(args: argparse.Namespace) -> Checkpoint | None:
         checkpoint = read_checkpoint(file)
     except ValueError as error:
         raise UserError(f"--load {args.load}: {error}") from None
-    header = checkpoint.counters
-    differing = [name for name in _MODEL_FLAGS if header["model"][name] != getattr(args, name)]
-    if differing:
-        raise UserError(f"--load {args.load}: its model has another {', '.join(map(flag_of, differing))}")
-    if header["counters"]["phase"] == "demo":
-        raise UserError(f"--load {args.load}: its base training is not finished; run its own command again first")
-    header["counters"]["metrics_bytes"] = 0
+    try:
+        model, counters = (checkpoint.counters[name] for name in ("model", "counters"))
+        differing = [name for name in _MODEL_FLAGS if model[name] != getattr(args, name)]
+        if differing:
+            raise UserError(f"--load {args.load}: its model has another {', '.join(map(flag_of, differing))}")
+        if counters["phase"] == "demo":
+            raise UserError(f"--load {args.load}: its base training is not finished; run its own command again first")
+        counters["metrics_bytes"] = 0
+    except (KeyError, TypeError):
+        raise UserError(f"--load {args.load}: {file} is not a checkpoint of slime-fipo local") from None
     return checkpoint
 
 

@@ -11,10 +11,13 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from importlib.metadata import version
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from .. import files
 from ..errors import UserError
@@ -36,7 +39,6 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
-        self._tensorboard = None
         configuration = _configuration(args)
         try:
             self._check_configuration(configuration)  # before anything is created
@@ -77,8 +79,6 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let other processes in."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         self._lock.close()
 
     def write_json(self, name: str, value) -> None:
@@ -99,10 +99,12 @@ class RunDirectory:
         if len(kept) < keep_bytes:
             raise UserError(f"{self.metrics_file} was shortened since its checkpoint; choose another --save")
         files.replace(self.metrics_file, lambda temporary: temporary.write_bytes(kept[:keep_bytes]))
-        events = self.path / "tensorboard"
-        for file in events.glob("events.out.tfevents.*"):
+        folder = self.path / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        for file in folder.glob("events.out.tfevents.*"):
             file.unlink()
-        self._tensorboard = SummaryWriter(str(events))
+        self._events = folder / f"events.out.tfevents.{int(time.time())}"
+        self._write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
         for row in self.metrics():
             self._to_tensorboard(row)
 
@@ -116,9 +118,13 @@ class RunDirectory:
 
     def _to_tensorboard(self, row: dict) -> None:
         step = next(value for name, value in row.items() if name.endswith("/step"))
-        for name, value in row.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        self._write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _write_event(self, event: Event) -> None:
+        # Not by TensorBoard's own writer, whose thread meets a full disk with a traceback, and nobody hears of it.
+        with self._events.open("ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
 
     def metrics(self) -> list[dict]:
         return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]

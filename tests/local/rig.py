@@ -21,6 +21,19 @@ TINY = """--num-threads 1 --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 -
     --n-samples-per-prompt 4 --global-batch-size 4 --eval-interval 2 --rollout-max-response-len 12
     --n-samples-per-eval-prompt 1 --lr 1e-3"""
 
+# Smaller still, where many runs are needed and what they learn does not matter. Some responses are right by chance.
+MICRO = """--num-threads 1 --num-layers 1 --hidden-size 16 --ffn-hidden-size 16 --num-attention-heads 2
+    --num-query-groups 1 --kv-channels 8 --demo-steps 3 --demo-batch-size 4 --num-rollout 2 --rollout-batch-size 2
+    --n-samples-per-prompt 4 --global-batch-size 4 --eval-interval 1 --rollout-max-response-len 6
+    --n-samples-per-eval-prompt 1 --no-dynamic-sampling"""
+
+
+def micro_flags(folder: Path) -> list[str]:
+    """``MICRO`` with a data file of its own in ``folder``."""
+    data = folder / "micro.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}=", "label": ""}) + "\n" for i in range(4)))
+    return [*MICRO.split(), "--prompt-data", str(data), "--eval-prompt-data", "micro", str(data)]
+
 
 def tiny_args(*more: str):
     return parse_arguments([*TINY.split(), *more])

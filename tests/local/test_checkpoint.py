@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from slime_fipo.errors import UserError
 from slime_fipo.local.checkpoint import (
     checkpoint_files,
     read_checkpoint,
@@ -11,6 +13,7 @@ from slime_fipo.local.checkpoint import (
     state_tensors,
 )
 from slime_fipo.local.data import Record
+from slime_fipo.local.engine import _checkpoint_to_load
 from slime_fipo.local.training import demonstration_batch, demonstration_step, make_optimizer
 
 from .rig import CPU, tiny_args, tiny_model
@@ -67,3 +70,33 @@ def test_only_the_newest_two_stay_and_leftovers_are_not_read(tmp_path):
     for name in ("a_1", "a_2", "b_0"):
         save_checkpoint(tmp_path / f"{name}.safetensors", {"x": torch.zeros(1)}, {})
     assert [file.stem for file in checkpoint_files(tmp_path)] == ["b_0", "a_2"]
+
+
+def test_files_of_others_are_no_checkpoint(tmp_path):
+    """A model of someone else's, in bfloat16 as they come, with and without metadata."""
+    path = tmp_path / "model.safetensors"
+    for metadata in (None, {"format": "pt"}, {"sha256": "0", "counters": "{}"}):
+        save_file({"model.embed": torch.zeros(3, 2, dtype=torch.bfloat16), "step": torch.tensor(1.0)}, path, metadata)
+        with pytest.raises(ValueError, match=r"model\.safetensors is (not a checkpoint|damaged)") as error:
+            read_checkpoint(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])
+def test_every_dtype_comes_back(tmp_path, dtype):
+    tensors = {
+        "a": torch.arange(6).reshape(2, 3).to(dtype),
+        "scalar": torch.tensor(1).to(dtype),
+        "none": torch.zeros(0),
+    }
+    save_checkpoint(tmp_path / "a.safetensors", tensors, {})
+    for name, tensor in read_checkpoint(tmp_path / "a.safetensors").tensors.items():
+        assert tensor.dtype == tensors[name].dtype and torch.equal(tensor, tensors[name])
+
+
+@pytest.mark.parametrize("counters", [{}, {"model": {}, "counters": {}}, {"model": 3, "counters": 4}, []])
+def test_load_of_a_checkpoint_that_says_too_little(tmp_path, counters):
+    save_checkpoint(tmp_path / "a.safetensors", {}, counters)
+    with pytest.raises(UserError, match=r"--load .*a\.safetensors") as error:
+        _checkpoint_to_load(tiny_args("--load", str(tmp_path / "a.safetensors")))
+    assert "\n" not in str(error.value)

@@ -31,6 +31,13 @@ def test_reads_records_and_numbers_as_text(read):
     [
         ('{"prompt": "a", "label": "b"}\n{"prompt": "a", ', 2, "not valid JSON"),
         ('{"prompt": "a"}', 1, "no 'label'"),
+        pytest.param('{"prompt": "a", "label": ' + "9" * 5000 + "}", 1, "a number too long", id="long number"),
+        pytest.param(
+            '{"prompt": "a", "label": ' + "[" * 100_000 + "}",
+            1,
+            "a number too long or brackets too deep",
+            id="deep brackets",
+        ),
         ("{}", 1, "no 'prompt'"),
         ("[1]", 1, "a list"),
         ('{"prompt": "a", "label": null}', 1, "'label' is a NoneType"),

@@ -183,6 +183,10 @@ BAD = {
     "missing file": (["--prompt-data", "/no/such.jsonl"], "--prompt-data /no/such.jsonl"),
     "no GPU": (["--device", "cuda"], "--device cuda: torch finds no GPU"),
     "load": (["--load", "/no/such/run"], "--load /no/such/run"),
+    "seed": (["--seed", "99999999999999999999"], "--seed: 99999999999999999999"),
+    "temperature": (["--rollout-temperature", "1e-45"], "--rollout-temperature: 1e-45"),
+    "name of the held-out data": (["--eval-prompt-data", "step", "/no/such"], "--eval-prompt-data 'step'"),
+    "records without a folder": (["--fipo-record-samples", "3"], "without --fipo-record"),
     "slime root": (["--slime-root", "/no/such/slime"], "--slime-root /no/such/slime"),
 }
 
