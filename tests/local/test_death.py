@@ -151,3 +151,20 @@ def test_full_disk(micro, undisturbed, small_disk, size):
     subprocess.run(["mount", "-o", "remount,size=64m", str(run.parent)], check=True)
     micro(run)
     assert left_behind(run) == undisturbed[0]
+
+
+LITTLE_MEMORY = """
+import resource, torch
+from slime_fipo.local.model import initialize_megatron
+initialize_megatron(torch.device("cpu"), 1)  # gloo's threads reserve more than they use
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**27, now + 2**27))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="how much is in use is read from /proc")
+def test_a_model_too_large_for_the_memory(command, tmp_path):
+    flags = [*micro_flags(tmp_path), "--hidden-size", "4000", "--ffn-hidden-size", "8000"]  # 380 MB
+    result = command("local", *flags, "--save", str(tmp_path / "run"), code=LITTLE_MEMORY, check=False)
+    assert_one_line(result)
+    assert "not enough memory" in result.stderr
