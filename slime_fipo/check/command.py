@@ -111,6 +111,7 @@ _STRINGS = {
     "ref-load": None,
     "reward-key": None,
     "rm-type": None,
+    "rollout-data-postprocess-path": None,
     "rollout-function-path": None,
     "save": None,
 }
@@ -139,6 +140,7 @@ _SWITCHES = (
     "use-kl-loss",
     "use-rollout-logprobs",
     "use-tis",
+    "use-wandb",
 )
 _LISTS = ("eval-prompt-data", "rollout-external-engine-addrs", "spec")
 # Flags of slime's that are not judged, and no misspelling of those above, but may be misspelt themselves.

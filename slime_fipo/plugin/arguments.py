@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..algorithm import FipoConfig, add_fipo_arguments, fipo_config_from_args
 from ..errors import UserError
 from ..recipes.arguments import add_recipe_arguments
+from ..records.arguments import RECORD_DESTS, RecordSettings, add_record_arguments, record_settings
 from .config_files import ROLE_CONFIG, role_overrides, with_overrides
 from .spelling import key_correction, names_fipo
 from .values import dest_of, flag_of, read_setting, require_boolean, require_count, require_number, require_text
 
 LOSS_PATH = "slime_fipo.plugin.loss.fipo_loss_function"
 HOOK_PATH = "slime_fipo.plugin.loss.before_train_step_hook"
+ROLLOUT_DATA_HOOK_PATH = "slime_fipo.plugin.recorder.rollout_data_hook"
 MISMATCH_METRICS_PATH = "slime_fipo.plugin.loss.mismatch_metrics_function"
 
 # Written into the namespace by us, never by a user.
-_INTERNAL = ("fipo_step_id", "fipo_chained_hook_path")
+_INTERNAL = ("fipo_step_id", "fipo_chained_hook_path", "fipo_chained_rollout_data_hook_path")
 _SHIFT_FROM = ("ratio", "train")
 
 # What FIPO reads of slime's own settings, and what each must be where it is set.
@@ -42,9 +46,12 @@ SLIME_SETTINGS = {
     "num_steps_per_rollout": require_count,
     "rollout_batch_size": require_count,
     "use_rollout_logprobs": require_boolean,
+    "use_wandb": require_boolean,
 }
 # What the rollout side cuts steps by, in every slime: an actor's own value would change its learning rate alone.
 _ROLLOUT_SIZES = ("global_batch_size", "n_samples_per_prompt", "num_steps_per_rollout", "rollout_batch_size")
+# Where our functions stand; an actor's own value would take their place.
+_OUR_PATHS = ("custom_loss_function_path", "custom_megatron_before_train_step_hook_path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -63,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         raise ValueError("this slime has fipo_loss built in; leave out '-m slime_fipo', or slime-fipo patch revert")
     loss_type.choices = [*loss_type.choices, "fipo_loss"]
     loss_type.help = f"{loss_type.help or ''} fipo_loss is policy_loss with FIPO's weights; see the FIPO group."
-    return _add_fipo_group(parser)
+    return _add_record_group(_add_fipo_group(parser))
 
 
 def _add_fipo_group(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -92,7 +99,19 @@ def _add_fipo_group(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-_GROUP = _add_fipo_group(argparse.ArgumentParser(add_help=False))
+def _add_record_group(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add_record_arguments(parser)
+    group = next(g for g in parser._action_groups if g.title == "FIPO records")
+    group.add_argument(
+        "--fipo-record-wandb",
+        action="store_true",
+        default=None,
+        help="put one response's heatmap into slime's Weights & Biases run whenever a step is recorded",
+    )
+    return parser
+
+
+_GROUP = _add_record_group(_add_fipo_group(argparse.ArgumentParser(add_help=False)))
 _SETTINGS = {action.dest: action for action in _GROUP._actions}
 _RECIPE_SETTINGS = {a.dest: a for a in add_recipe_arguments(argparse.ArgumentParser(add_help=False))._actions}
 FIPO_DESTS = tuple(_SETTINGS)
@@ -195,7 +214,32 @@ def _check_slime(args: argparse.Namespace, config: FipoConfig) -> None:
             f" with --get-mismatch-metrics --custom-tis-function-path {MISMATCH_METRICS_PATH}; add both"
             " (python3 -m slime_fipo with --loss-type fipo_loss does)"
         )
+    _check_recording(args)
     _check_steps_per_rollout(args)
+
+
+def _check_recording(args: argparse.Namespace) -> None:
+    recording = _recording(*(getattr(args, name) for name in RECORD_DESTS))
+    if recording is None and args.fipo_record_wandb:
+        raise UserError("--fipo-record-wandb has no effect without --fipo-record DIR; add it or drop it")
+    if args.fipo_record_wandb and not args.use_wandb:
+        raise UserError("--fipo-record-wandb has no effect without --use-wandb; add it or drop --fipo-record-wandb")
+
+
+@functools.lru_cache(maxsize=8)  # it looks around the folder, and the loss checks its settings at every micro-batch
+def _recording(*values) -> RecordSettings | None:
+    return record_settings(argparse.Namespace(**dict(zip(RECORD_DESTS, values, strict=True))))
+
+
+def _arrange_recording(args: argparse.Namespace) -> None:
+    """With ``--fipo-record``, have slime call the recorder's hook, and the recorder the user's."""
+    recording = _recording(*(getattr(args, name) for name in RECORD_DESTS))
+    if recording is None:
+        return
+    args.fipo_record = os.path.abspath(recording.folder)  # training actors have other working directories
+    args.fipo_record_samples, args.fipo_record_interval = recording.samples, recording.interval
+    args.fipo_chained_rollout_data_hook_path = args.rollout_data_postprocess_path
+    args.rollout_data_postprocess_path = ROLLOUT_DATA_HOOK_PATH
 
 
 def shift_is_apart(args: argparse.Namespace) -> bool:
@@ -271,7 +315,8 @@ def actor_args(args: argparse.Namespace) -> argparse.Namespace:
         )
     if uses_fipo(args):
         check_keys(overrides, file)
-        for name in (*_ROLLOUT_SIZES, "custom_loss_function_path", "custom_megatron_before_train_step_hook_path"):
+        records = overrides.get("fipo_record", getattr(args, "fipo_record", None)) is not None
+        for name in (*_ROLLOUT_SIZES, *_OUR_PATHS, *(["rollout_data_postprocess_path"] if records else [])):
             if name in overrides:
                 raise UserError(
                     f"{name} of the actor in {file} would not fit the run's; drop it and use {flag_of(name)}"
@@ -286,8 +331,8 @@ def translate(args: argparse.Namespace) -> FipoConfig:
     """Turn a namespace parsed with ``--loss-type fipo_loss`` into one that an unmodified slime can train with.
 
     ``loss_type`` becomes ``custom_loss`` with our import path, the FIPO attributes take the effective values that the
-    training actors will have (plain numbers and strings, as a tracker's config shows them), a user's before-train-step
-    hook is chained behind ours, and with ``--fipo-shift-from train`` slime is made to recompute Megatron's log-probs.
+    training actors will have (plain numbers and strings, as a tracker's config shows them), a user's hooks are
+    chained to ours, and with ``--fipo-shift-from train`` slime is made to recompute Megatron's log-probs.
 
     Raises:
         ValueError: from the checks of :func:`fipo_settings`, or for hooks that leave no room for ours.
@@ -320,10 +365,12 @@ def translate(args: argparse.Namespace) -> FipoConfig:
     effective["fipo_shift_from"] = effective["fipo_shift_from"] or "ratio"
     effective["fipo_allow_single_step"] = bool(effective["fipo_allow_single_step"])
     effective["fipo_log_detail"] = bool(effective["fipo_log_detail"])
+    effective["fipo_record_wandb"] = bool(effective["fipo_record_wandb"])
     vars(args).update(effective)
 
     args.loss_type = "custom_loss"
     args.custom_loss_function_path = LOSS_PATH
     args.fipo_chained_hook_path = args.custom_megatron_before_train_step_hook_path
     args.custom_megatron_before_train_step_hook_path = HOOK_PATH
+    _arrange_recording(args)
     return config

@@ -2,7 +2,7 @@
 
 slime loads the three public functions here by their import path, in its training actors. No part of slime's loss is
 copied, and slime's modules are not changed. Settings and their checks live in ``arguments.py``, the weights in
-``slime_fipo.algorithm``.
+``slime_fipo.algorithm``, records of what the loss saw in ``recorder.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from torch import Tensor
 from ..algorithm import FipoConfig, FipoWeights, fipo_weights
 from ..algorithm.context_parallel import ContextParallel
 from ..algorithm.weights import METRICS
+from ..records.packed import RECORDED_METRICS
 from .arguments import fipo_settings, is_on, shift_is_apart
+from .engine_noise import EngineNoise
+from .recorder import is_main_rank, recorder_of_step
 
 DEFAULT_METRICS = (
     "future_kl",
@@ -34,6 +37,8 @@ DEFAULT_METRICS = (
 )
 
 Reducer = Callable[[Tensor], Tensor]
+
+engine_noise = EngineNoise()
 
 
 def check_slime() -> None:
@@ -87,28 +92,42 @@ def fipo_loss_function(args: Namespace, batch: dict, logits: Tensor, sum_of_samp
     _check_batch(args, batch)
     loss_mask, lengths, cp = _layout(args, batch, config)
     log_shift_noise = _shift_is_engine_mismatch(args)
-    names = (*METRICS,) if is_on(args, "fipo_log_detail") else DEFAULT_METRICS
+    logged = METRICS if is_on(args, "fipo_log_detail") else DEFAULT_METRICS
+    recorder = recorder_of_step(args)
+    held = recorder.held(batch["unconcat_tokens"]) if recorder is not None else []
+    computed = tuple(dict.fromkeys((*logged, *RECORDED_METRICS))) if held else logged
     result: FipoWeights | None = None
 
-    def weighted_policy_loss(ppo_kl: Tensor, advantages: Tensor, eps_clip: float, eps_clip_high: float, **_):
+    def weighted_policy_loss(ppo_kl: Tensor, advantages: Tensor, *clips, **options):
         nonlocal result
-        pg_loss, clipfrac = slime_loss.compute_policy_loss(
-            ppo_kl, advantages, eps_clip, eps_clip_high, eps_clip_c=config.dual_clip_c
-        )
+        # Whatever slime passes goes on, but for the dual clip: its fifth parameter, which older releases leave out.
+        if len(clips) > 2:
+            clips = (*clips[:2], config.dual_clip_c, *clips[3:])
+        else:
+            options["eps_clip_c"] = config.dual_clip_c
+        pg_loss, clipfrac = slime_loss.compute_policy_loss(ppo_kl, advantages, *clips, **options)
         shift, old = -ppo_kl.detach(), ppo_kl.new_zeros(()).expand_as(ppo_kl)
         if shift_is_apart(args):
             shift, old = shift + torch.cat(batch["rollout_log_probs"]), torch.cat(batch["log_probs"])
-        result = fipo_weights(shift, old, advantages, loss_mask, lengths, config, cp=cp, metrics=names)
+        result = fipo_weights(shift, old, advantages, loss_mask, lengths, config, cp=cp, metrics=computed)
+        if held:
+            seen = {"loss_mask": loss_mask, "shift": shift - old, "advantages": advantages}
+            seen.update((name, result.metrics[name]) for name in RECORDED_METRICS)
+            seen.update(_mismatch(args, batch, seen["shift"]))
+            recorder.add(held, batch["unconcat_tokens"], lengths, cp, seen)
         return pg_loss * result.weights, clipfrac
 
     loss, metrics = _policy_loss_function(weighted_policy_loss)(args, batch, logits, sum_of_sample_mean)
     if result is None:
         raise RuntimeError("slime's policy_loss_function did not call compute_policy_loss; something else replaced it")
-    values = dict(result.metrics)
+    values = {name: result.metrics[name] for name in logged}
     if log_shift_noise:
         values["mismatch_future_kl_abs"] = result.future_kl.abs()
         values["mismatch_clip_frac"] = values["clip_high_frac"] + values["clip_low_frac"]
-    metrics.update((f"fipo/{name}", sum_of_sample_mean(value)) for name, value in values.items())
+    means = {name: sum_of_sample_mean(value) for name, value in values.items()}
+    if log_shift_noise and is_main_rank():
+        engine_noise.add(means["mismatch_clip_frac"], sum_of_sample_mean(torch.ones_like(result.weights)))
+    metrics.update((f"fipo/{name}", mean) for name, mean in means.items())
     return loss, metrics
 
 
@@ -167,16 +186,24 @@ def _shift_is_engine_mismatch(args: Namespace) -> bool:
     return getattr(args, "fipo_step_id", None) == 0 and args.use_rollout_logprobs and not shift_is_apart(args)
 
 
-def before_train_step_hook(args: Namespace, rollout_id: int, step_id: int, *rest) -> None:
+def _mismatch(args: Namespace, batch: dict, shift: Tensor) -> dict[str, Tensor]:
+    """The trainer's minus the rollout engine's log-probs [T] as ``mismatch``, where both are known."""
+    if batch.get("log_probs") and batch.get("rollout_log_probs"):
+        return {"mismatch": torch.cat(batch["log_probs"]) - torch.cat(batch["rollout_log_probs"])}
+    return {"mismatch": shift} if _shift_is_engine_mismatch(args) else {}
+
+
+def before_train_step_hook(args: Namespace, rollout_id: int, step_id: int, *rest, **keywords) -> None:
     """For ``--custom-megatron-before-train-step-hook-path``: tells the loss which step of the rollout comes next.
 
     ``python3 -m slime_fipo`` sets it, and has it call the user's own hook. Without it the ``fipo/mismatch_*`` metrics
-    are not reported.
+    are not reported, and nothing warns of engine noise.
     """
     args.fipo_step_id = step_id
+    engine_noise.report(args)
     chained = getattr(args, "fipo_chained_hook_path", None)
     if chained:
-        load_function(chained)(args, rollout_id, step_id, *rest)
+        load_function(chained)(args, rollout_id, step_id, *rest, **keywords)
 
 
 def mismatch_metrics_function(
@@ -186,9 +213,11 @@ def mismatch_metrics_function(
     train_log_probs: list[Tensor],
     rollout_log_probs: list[Tensor],
     loss_masks: list[Tensor],
-    **_,
+    **context,
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """For ``--custom-tis-function-path`` with ``--get-mismatch-metrics``: measures the engines, changes no loss.
+
+    Whatever else slime tells such a function in ``context`` (lengths, say) has no part in a difference of log-probs.
 
     Returns:
         The loss and masks as they came, and per-token ``mismatch_kl`` (rollout − trainer log-prob, the k1 estimate of

@@ -476,6 +476,11 @@ SILENT = {
     "epochs": ("", ("--num-rollout",), ("--num-epoch", "3")),
     "external engines": ("", ("--colocate",), ("--rollout-external-engine-addrs", "10.0.0.1:3000")),
     "recorded rollouts": ("", ("--prompt-data", "--colocate"), ("--load-debug-rollout-data", "x.pt")),
+    "token records": (
+        "fipo_record_interval: 5\n",
+        (),
+        flag("--fipo-record", "/r", "--fipo-record-wandb", "--use-wandb", "--rollout-data-postprocess-path", "my.hook"),
+    ),
     "REINFORCE++": ("", (), ("--advantage-estimator", "reinforce_plus_plus", "--normalize-advantages")),
     "a remote reward, which may return accuracy": (
         "",

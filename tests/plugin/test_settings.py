@@ -47,7 +47,9 @@ SLIME = dict(
     n_samples_per_prompt=4,
     num_steps_per_rollout=None,
     rollout_batch_size=8,
+    rollout_data_postprocess_path=None,
     use_rollout_logprobs=False,
+    use_wandb=False,
 )
 
 
@@ -131,8 +133,9 @@ def test_a_word_for_a_boolean_means_what_it_says(name, word):
     if name == "fipo_allow_single_step":  # needs more than itself
         check_values({name: word})
         return
+    needed = dict(fipo_record="/records", use_wandb=True) if name == "fipo_record_wandb" else {}
     for text in (word, word.upper(), word.title()):
-        plain, spoken = slime_args(**{name: meant}), slime_args(**{name: text})
+        plain, spoken = slime_args(**needed, **{name: meant}), slime_args(**needed, **{name: text})
         assert translate(plain) == translate(spoken)
         assert vars(plain) == vars(spoken) and getattr(spoken, name) is meant
 

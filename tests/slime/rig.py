@@ -5,10 +5,14 @@ slime version gets its own interpreter; the ranks are forked from it, after the 
 
 from __future__ import annotations
 
+import ast
+import inspect
+import logging
 import os
 import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slime_fipo import fipo_policy_loss, fipo_weights
 from slime_fipo.algorithm import fipo_config_from_args
 from slime_fipo.algorithm.weights import METRICS
+from slime_fipo.plugin import engine_noise
 from slime_fipo.plugin import loss as fipo_loss
 
 from ..algorithm.memory import peak_extra_bytes
@@ -321,7 +326,7 @@ def run_mismatch(world: World) -> dict:
 
     def step(rollout_step: int, **overrides) -> tuple[dict, Namespace]:
         args = Case().namespace(fipo_chained_hook_path="tests.slime.hooks.record_step", **overrides)
-        fipo_loss.before_train_step_hook(args, 3, rollout_step, "model", "optimizer", "scheduler")
+        fipo_loss.before_train_step_hook(args, 3, rollout_step, "model", optimizer="optimizer", opt_param_scheduler=1)
         samples = samples_of(Case(overrides))
         return train_step(args, samples, world)["metrics"], args
 
@@ -340,6 +345,83 @@ def run_mismatch(world: World) -> dict:
         "shift_from_train": step(0, **CASES["shift_from_train"].args)[0],
         "expected_future_kl_abs": float(reducer(future_kl) / len(samples.tokens)),
     }
+
+
+def called_with(function: Callable, arguments: str) -> Callable:
+    """slime's ``policy_loss_function`` as a later release could have it: other arguments of ``compute_policy_loss``."""
+    tree = ast.parse(inspect.getsource(function))
+    [call] = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "compute_policy_loss"
+    ]
+    wanted = ast.parse(f"f({arguments})", mode="eval").body
+    call.args, call.keywords = wanted.args, wanted.keywords
+    names = {}
+    exec(compile(ast.fix_missing_locations(tree), slime_loss.__file__, "exec"), slime_loss.__dict__, names)
+    return names["policy_loss_function"]
+
+
+def run_forwarding(world: World) -> dict:
+    """Unit weights against slime's own loss where slime's call has one argument more, which halves the loss."""
+    original = slime_loss.policy_loss_function, slime_loss.compute_policy_loss
+    case = UNIT_CASES["defaults"]
+    samples, dual_clip_c = samples_of(case), fipo_config_from_args(case.namespace()).dual_clip_c
+
+    def scaled(ppo_kl, advantages, eps_clip, eps_clip_high, eps_clip_c=None, token_scale=1.0):
+        loss, clipfrac = original[1](ppo_kl, advantages, eps_clip, eps_clip_high, eps_clip_c=eps_clip_c)
+        return loss * token_scale, clipfrac
+
+    def scaled_with_dual_clip(ppo_kl, advantages, eps_clip, eps_clip_high, eps_clip_c=None, token_scale=1.0):
+        return scaled(ppo_kl, advantages, eps_clip, eps_clip_high, dual_clip_c, token_scale)
+
+    clips = "ppo_kl, advantages, args.eps_clip, args.eps_clip_high"
+    results = {}
+    for arguments in (
+        f"{clips}, token_scale=0.5",
+        f"{clips}, eps_clip_c=None, token_scale=0.5",
+        f"{clips}, None, 0.5",
+        f"{clips}, None, token_scale=0.5",
+        "token_scale=0.5, eps_clip=args.eps_clip, eps_clip_high=args.eps_clip_high, "
+        "ppo_kl=ppo_kl, advantages=advantages",
+    ):
+        slime_loss.policy_loss_function = called_with(original[0], arguments)
+        slime_loss.compute_policy_loss = scaled_with_dual_clip
+        expected = train_step(case.namespace(loss_type="policy_loss"), samples, world)
+        slime_loss.compute_policy_loss = scaled
+        results[arguments] = {"fipo": train_step(case.namespace(), samples, world), "policy_loss": expected}
+    slime_loss.policy_loss_function, slime_loss.compute_policy_loss = original
+    return results
+
+
+def run_noise(world: World) -> list[dict]:
+    """Per rank what is logged over rollouts, and the metric of each one's first step."""
+    fipo_loss.engine_noise = engine_noise.EngineNoise()
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda entry: messages.append(entry.getMessage())
+    engine_noise.logger.addHandler(handler)
+    engine_noise.logger.propagate = False
+    from_rollout = dict(use_rollout_logprobs=True, vocab_size=30, padded_vocab_size=32)
+    rollouts = []
+    for overrides in (
+        dict(fipo_clip_ratio_low=0.99, fipo_clip_ratio_high=1e3),  # few weights are clipped
+        dict(fipo_clip_ratio=0.9),
+        dict(fipo_clip_ratio=0.9),
+        dict(),
+        dict(use_rollout_logprobs=False),
+    ):
+        case = Case(from_rollout | overrides)
+        args = case.namespace()
+        fipo_loss.before_train_step_hook(args, len(rollouts), 0)
+        metrics = train_step(args, samples_of(case), world)["metrics"]
+        fipo_loss.before_train_step_hook(args, len(rollouts), 1)
+        train_step(args, samples_of(case), world)
+        rollouts.append({"share": metrics.get("fipo/mismatch_clip_frac"), "messages": list(messages)})
+        messages.clear()
+    gathered = [None] * world.size
+    dist.all_gather_object(gathered, rollouts)
+    return gathered
 
 
 def run_memory() -> dict[str, float]:
@@ -362,20 +444,19 @@ def run_memory() -> dict[str, float]:
     return extra
 
 
-def run_rank(version: str, name: str, rank: int, store: str) -> dict:
+def run_rank(version: str, name: str) -> dict:
     world = WORLDS[name]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world.size)
-    mpu.initialize_model_parallel(tensor_model_parallel_size=world.tp, context_parallel_size=world.cp)
     results = {}
     if name != "compiled":
         torch.compiler.set_stance("force_eager")  # compiling in every rank would take longer than everything else
         results["cases"] = run_cases(version, name, world)
+        results["noise"] = run_noise(world)
     if name in ("cp1", "compiled"):
         results["unit"] = run_unit_cases(world)
     if name == "cp1":
         results["errors"] = run_errors()
         results["refused"] = run_refused()
+        results["forwarding"] = run_forwarding(world)
         results["mismatch"] = run_mismatch(world)
         results["extra_floats_per_token"] = run_memory()
     if world.cp > 1:
@@ -385,15 +466,19 @@ def run_rank(version: str, name: str, rank: int, store: str) -> dict:
     return results
 
 
-def run_world(version: str, name: str, out: Path) -> bool:
-    """Fork the ranks of one world; rank 0 writes ``out/name.pt``."""
+def run_world(world: World, out: Path, name: str, run: Callable[[], dict]) -> bool:
+    """Call ``run`` on the ranks of ``world``, forked here; rank 0 writes what it returns to ``out/name.pt``."""
     children = []
-    for rank in range(WORLDS[name].size):
+    for rank in range(world.size):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                results = run_rank(version, name, rank, str(out / f"{name}.store"))
+                torch.set_num_threads(1)
+                store = f"file://{out / name}.store"
+                dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world.size)
+                mpu.initialize_model_parallel(tensor_model_parallel_size=world.tp, context_parallel_size=world.cp)
+                results = run()
                 if rank == 0:
                     torch.save(results, out / f"{name}.pt")
                 status = 0
@@ -407,7 +492,7 @@ def run_world(version: str, name: str, out: Path) -> bool:
 
 def main() -> None:
     version, out, *names = sys.argv[1:]
-    failed = [name for name in names if not run_world(version, name, Path(out))]
+    failed = [name for name in names if not run_world(WORLDS[name], Path(out), name, partial(run_rank, version, name))]
     if failed:
         sys.exit(f"ranks failed in {', '.join(failed)}")
 

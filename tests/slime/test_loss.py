@@ -68,6 +68,43 @@ def test_unit_weights_are_bitwise_policy_loss(results, world):
         assert {key: fipo["metrics"][key] for key in policy["metrics"]} == policy["metrics"], name
 
 
+def test_an_argument_that_slime_adds_reaches_its_function(results):
+    """Unit weights against ``policy_loss`` where slime passes ``compute_policy_loss`` more than today."""
+    cases = results["cp1"]["forwarding"]
+    assert len(cases) == 5
+    today = results["cp1"]["unit"]["defaults"]["policy_loss"]["loss"]
+    for arguments, case in cases.items():
+        assert float(case["policy_loss"]["loss"]) == pytest.approx(float(today) / 2, rel=1e-6), arguments
+        assert torch.equal(case["fipo"]["loss"], case["policy_loss"]["loss"]), arguments
+        assert torch.equal(case["fipo"]["gradient"], case["policy_loss"]["gradient"]), arguments
+
+
+def test_a_response_without_a_trained_token_counts_as_0_in_a_mean(results):
+    """As docs/slime.md says of ``influence_weight``: two of the ten have none."""
+    metrics = results["cp1"]["unit"]["defaults"]["fipo"]["metrics"]
+    assert metrics["fipo/influence_weight"] == pytest.approx(0.8)
+    assert metrics["fipo/influence_deviation"] == 0.0
+
+
+@pytest.mark.parametrize("world", ["cp1", *LAYOUTS])
+def test_weights_that_follow_engine_noise_are_warned_of_once(results, world):
+    """By the rank that logs alone; again when the share doubles; never with the trainer's log-probs."""
+    main, *others = results[world]["noise"]
+    assert not any(rollout["messages"] for rank in others for rollout in rank)
+    few, first, same, most, trainer = main
+    assert few["share"] < 0.05 < first["share"] == same["share"] < most["share"] / 2
+    assert [len(rollout["messages"]) for rollout in main] == [0, 1, 0, 1, 0]
+    assert trainer["share"] is None
+    [message] = first["messages"]
+    for way_out in ("--fipo-shift-from train", "LOGPROBS=train", "--fipo-decay-rate 32", "pads 30 to 32"):
+        assert way_out in message
+    assert "\n" not in message
+    percent = int(message.split("%")[0].split()[-1])
+    if world in ("cp1", "tp2", "micro_batches"):  # one rank has all responses; two of ten have no trained token
+        assert percent == pytest.approx(100 * first["share"] * 10 / 8, abs=0.51)
+    assert int(most["messages"][0].split("%")[0].split()[-1]) >= 2 * percent
+
+
 @pytest.mark.parametrize("world", ["cp2", "cp4"])
 def test_one_collective_more_than_policy_loss(results, world):
     for rank, cases in enumerate(results[world]["collectives"]):

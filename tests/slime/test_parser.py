@@ -8,7 +8,7 @@ import pytest
 
 from slime_fipo.check.parser_process import PARSE_ONLY
 from slime_fipo.check.slime_parser import run_parser
-from slime_fipo.plugin.arguments import HOOK_PATH, LOSS_PATH, MISMATCH_METRICS_PATH
+from slime_fipo.plugin.arguments import HOOK_PATH, LOSS_PATH, MISMATCH_METRICS_PATH, ROLLOUT_DATA_HOOK_PATH
 
 MODEL = dict(
     architectures=["Qwen3ForCausalLM"],
@@ -93,6 +93,17 @@ ERRORS = {
         "fipo_decayrate is not a setting; write fipo_decay_rate",
     ),
     "yaml_list": ([*BATCH, *FIPO, "--custom-config-path", "list.yaml"], "--fipo-decay-rate is [3]"),
+    "record_samples": ([*BATCH, *FIPO, "--fipo-record-samples", "8"], "--fipo-record-samples has no effect without"),
+    "record_interval": (
+        [*BATCH, *FIPO, "--fipo-record", "r", "--fipo-record-interval", "0"],
+        "--fipo-record-interval is 0",
+    ),
+    "record_wandb": ([*BATCH, *FIPO, "--fipo-record-wandb"], "--fipo-record-wandb has no effect without --fipo-record"),
+    "record_wandb_alone": (
+        [*BATCH, *FIPO, "--fipo-record", "r", "--fipo-record-wandb"],
+        "--fipo-record-wandb has no effect without --use-wandb",
+    ),
+    "record_without_the_loss": ([*BATCH, "--fipo-record", "r"], "--fipo-record needs --loss-type fipo_loss"),
     "lacking_slime": ([*BATCH, *FIPO], "slime.backends.megatron_utils.loss.compute_policy_loss"),
 }
 # What the launcher alone says: it looks at the words of the command line and into the files before slime does.
@@ -139,6 +150,9 @@ YAML = {
     "words.yaml": 'fipo_unclipped: "false"\nfipo_log_detail: "yes"\n',
     "fipo.yaml": "fipo_decay_rate: 48.0\nfipo_preset: 7b\nfipo_safety_thresh: none\n",
     "route.yaml": f"fipo_decay_rate: 48.0\nloss_type: custom_loss\ncustom_loss_function_path: {LOSS_PATH}\n",
+    "record.yaml": f"loss_type: custom_loss\ncustom_loss_function_path: {LOSS_PATH}\nfipo_record: /records\n"
+    f"custom_megatron_before_train_step_hook_path: {HOOK_PATH}\n"
+    f"rollout_data_postprocess_path: {ROLLOUT_DATA_HOOK_PATH}\n",
 }
 
 
@@ -176,6 +190,11 @@ def cases(tmp_path: Path, version: str) -> dict:
             *BATCH, *FIPO, "--fipo-decay-rate", "48", "--megatron-config-path", str(tmp_path / "roles.yaml")
         ),
         "yaml_route": wrapped(*BATCH, "--custom-config-path", str(tmp_path / "route.yaml")),
+        "record": wrapped(*BATCH, *FIPO, "--fipo-record", "records", "--rollout-data-postprocess-path", "my.rollout"),
+        "record_few": wrapped(
+            *BATCH, *FIPO, "--fipo-record", "/r", "--fipo-record-samples", "8", "--fipo-record-interval", "3"
+        ),
+        "record_yaml_alone": alone(*BATCH, "--custom-config-path", str(tmp_path / "record.yaml")),
         "yaml_route_alone": alone(*BATCH, "--custom-config-path", str(tmp_path / "route.yaml")),
         "help": wrapped("--help"),
     }
@@ -235,6 +254,10 @@ def test_with_fipo_loss_it_is_slimes_plus_ours(parsed):
         "fipo_log_detail": "False",
         "fipo_max_dual_clipped_tokens": "1",
         "fipo_preset": "None",
+        "fipo_record": "None",
+        "fipo_record_interval": "None",
+        "fipo_record_samples": "None",
+        "fipo_record_wandb": "False",
         "fipo_safety_thresh": "10.0",
         "fipo_shift_from": "'ratio'",
         "fipo_unclipped": "False",
@@ -269,6 +292,22 @@ def test_words_and_overrides_are_read_as_meant(parsed):
     names = ("fipo_clip_ratio_low", "fipo_clip_ratio_high", "fipo_decay_rate", "eps_clip_high", "lr")
     # The actor's own values of slime's settings are put over these later, by slime.
     assert [roles[name] for name in names] == ["0.3", "0.3", "48.0", "0.28", "1e-06"]
+
+
+def test_recording_has_slime_call_our_hook_and_ours_the_users(parsed):
+    slime, record = namespace(parsed["slime"]), namespace(parsed["record"])
+    assert slime["rollout_data_postprocess_path"] == "None"
+    assert record["rollout_data_postprocess_path"] == repr(ROLLOUT_DATA_HOOK_PATH)
+    assert record["fipo_chained_rollout_data_hook_path"] == "'my.rollout'"
+    folder = record["fipo_record"].strip("'")
+    assert Path(folder).is_absolute() and Path(folder).name == "records"
+    assert (record["fipo_record_samples"], record["fipo_record_interval"]) == ("64", "10")
+    few = namespace(parsed["record_few"])
+    assert (few["fipo_record"], few["fipo_record_samples"], few["fipo_record_interval"]) == ("'/r'", "8", "3")
+    by_yaml = namespace(parsed["record_yaml_alone"])
+    same = ("custom_megatron_before_train_step_hook_path", "rollout_data_postprocess_path", "loss_type")
+    assert {name: by_yaml[name] for name in same} == {name: record[name] for name in same}
+    assert by_yaml["fipo_record"] == "'/records'"
 
 
 def test_shift_from_train_has_slime_recompute_log_probs(parsed):
