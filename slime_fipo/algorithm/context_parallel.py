@@ -114,7 +114,7 @@ class ContextParallel:
     def exchange(
         self, heads: Tensor, counts: Tensor, chunks: Tensor, decay_rate: float, trained_tokens: bool
     ) -> tuple[Tensor, Tensor]:
-        """From the chunks' own sums to what follows each of them: one all-gather of three floats per response.
+        """From the chunks' own sums to what follows each of them: one all-gather of three numbers per response.
 
         Args:
             heads: Future-KL at the first token of each of this rank's chunks, within the chunk alone, 0 if empty [2B].

@@ -95,7 +95,8 @@ def fipo_loss_function(args: Namespace, batch: dict, logits: Tensor, sum_of_samp
     logged = METRICS if is_on(args, "fipo_log_detail") else DEFAULT_METRICS
     recorder = recorder_of_step(args)
     held = recorder.held(batch["unconcat_tokens"]) if recorder is not None else []
-    computed = tuple(dict.fromkeys((*logged, *RECORDED_METRICS))) if held else logged
+    # Future-KL is in the result anyway; as a metric it would be a copy.
+    computed = {*logged, *(RECORDED_METRICS if held else ())} - {"future_kl"}
     result: FipoWeights | None = None
 
     def weighted_policy_loss(ppo_kl: Tensor, advantages: Tensor, *clips, **options):
@@ -112,7 +113,7 @@ def fipo_loss_function(args: Namespace, batch: dict, logits: Tensor, sum_of_samp
         result = fipo_weights(shift, old, advantages, loss_mask, lengths, config, cp=cp, metrics=computed)
         if held:
             seen = {"loss_mask": loss_mask, "shift": shift - old, "advantages": advantages}
-            seen.update((name, result.metrics[name]) for name in RECORDED_METRICS)
+            seen.update((name, _metric(result, name)) for name in RECORDED_METRICS)
             seen.update(_mismatch(args, batch, seen["shift"]))
             recorder.add(held, batch["unconcat_tokens"], lengths, cp, seen)
         return pg_loss * result.weights, clipfrac
@@ -120,7 +121,7 @@ def fipo_loss_function(args: Namespace, batch: dict, logits: Tensor, sum_of_samp
     loss, metrics = _policy_loss_function(weighted_policy_loss)(args, batch, logits, sum_of_sample_mean)
     if result is None:
         raise RuntimeError("slime's policy_loss_function did not call compute_policy_loss; something else replaced it")
-    values = {name: result.metrics[name] for name in logged}
+    values = {name: _metric(result, name) for name in logged}
     if log_shift_noise:
         values["mismatch_future_kl_abs"] = result.future_kl.abs()
         values["mismatch_clip_frac"] = values["clip_high_frac"] + values["clip_low_frac"]
@@ -129,6 +130,10 @@ def fipo_loss_function(args: Namespace, batch: dict, logits: Tensor, sum_of_samp
         engine_noise.add(means["mismatch_clip_frac"], sum_of_sample_mean(torch.ones_like(result.weights)))
     metrics.update((f"fipo/{name}", mean) for name, mean in means.items())
     return loss, metrics
+
+
+def _metric(result: FipoWeights, name: str) -> Tensor:
+    return result.future_kl if name == "future_kl" else result.metrics[name]
 
 
 def _policy_loss_function(compute_policy_loss: Callable) -> Callable:

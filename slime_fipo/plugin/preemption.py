@@ -63,7 +63,7 @@ class _Stop:
                 sys.exit(EXIT_CODE)
             if self.told and not asks_to_save:
                 return False  # an evaluation would take the time that the next save needs
-            return self.original(rollout_id, interval, num_rollout_per_epoch, num_rollout, **more)
+            return self.original(rollout_id, interval, num_rollout_per_epoch, num_rollout, *rest, **more)
 
         self.misc.should_run_periodic_action = should_run_periodic_action
 
