@@ -102,6 +102,34 @@ def check(
     raise typer.Exit(main(context.args, ask_slime=slime_parser, slime_root=slime_root, megatron_root=megatron_root))
 
 
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="run directories, slime-fipo compare, or token records")],
+    output: Annotated[Path | None, typer.Option(help="the page; default: report.html in the first PATH")] = None,
+    samples: Annotated[int, typer.Option(help="at most this many responses go in with all their tokens")] = 64,
+    rollout: Annotated[list[int] | None, typer.Option(help="only this rollout; may be repeated")] = None,
+    group: Annotated[list[int] | None, typer.Option(help="only this group of a rollout; may be repeated")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="SAMPLE", help="print one response instead: POSITION or ROLLOUT:POSITION")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer, if the records name none")] = None,
+) -> None:
+    """See what FIPO did: one HTML page that needs neither a server nor a network, from runs and token records."""
+    try:
+        from .report.command import print_tokens, write_report
+    except ModuleNotFoundError as error:
+        _fail(f"slime-fipo report needs the package {error.name}: pip install 'slime-fipo[report]'")
+    try:
+        if tokens is not None:
+            print_tokens(paths, tokens, tokenizer)
+        else:
+            path, sentence = write_report(paths, output, samples, rollout or (), group or (), tokenizer)
+            print(sentence)
+            print(path)
+    except UserError as error:
+        _fail(f"slime-fipo report: {error}")
+
+
 def _run_embedded(command: str, module: str, argv: list[str]) -> None:
     try:
         main = importlib.import_module(f".local.{module}", __package__).main

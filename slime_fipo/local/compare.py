@@ -20,7 +20,7 @@ from .. import files
 from ..errors import OneLineParser, UserError
 from .arguments import flag_of, given_arguments, number, parse_arguments
 from .engine import run
-from .report import Progress
+from .progress import Progress
 from .run_directory import RunDirectory
 from .task import DATA_DIRECTORY, LONG_SUMS
 

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..report.command import write_report
+from ..report.picture import write_picture
+from ..report.summary import print_summary, summarize
 from .arguments import flag_of, parse_arguments
 from .checkpoint import (
     Checkpoint,
@@ -29,8 +32,8 @@ from .checkpoint import (
 from .data import Alphabet, PromptSource, read_jsonl
 from .model import build_model, initialize_megatron, packed_logits
 from .objective import policy_step
+from .progress import Progress
 from .recording import Recorder
-from .report import Progress, print_summary, summarize, write_picture
 from .rollout import Sample, collect_rollout, sample_responses, seeded_generator
 from .run_directory import RunDirectory
 from .train_data import make_rollout_batch
@@ -113,8 +116,8 @@ class Engine:
             self._save()
         self._train_on_rollouts()
         remove_old_checkpoints(self.directory.checkpoints)
-        write_picture(self.directory)
-        self.directory.write_json("summary.json", summarize(self.args, self.directory))
+        write_picture(self.directory.path)
+        self.directory.write_json("summary.json", summarize(self.args.loss_type, self.directory.path))
 
     # -- base training --
 

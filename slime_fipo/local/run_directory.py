@@ -22,6 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from .. import files
 from ..errors import UserError
 from ..records.arguments import RECORD_DESTS
+from ..report.metrics import METRICS_FILE, read_metrics
 from .arguments import flag_of
 
 _FILE_FLAGS = ("prompt_data", "eval_prompt_data", "demo_data", "load")  # compared by content, not by path
@@ -37,7 +38,7 @@ class RunDirectory:
     def __init__(self, path: str, args: argparse.Namespace):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.metrics_file = self.path / "metrics.jsonl"
+        self.metrics_file = self.path / METRICS_FILE
         self.summary_file = self.path / "summary.json"
         configuration = _configuration(args)
         try:
@@ -127,7 +128,7 @@ class RunDirectory:
             RecordWriter(file).write(event.SerializeToString())
 
     def metrics(self) -> list[dict]:
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        return read_metrics(self.metrics_file)
 
     def metrics_bytes(self) -> int:
         return self.metrics_file.stat().st_size

@@ -1,0 +1,74 @@
+"use strict";
+// Starts the page: unpacks the data, and shows the view that the address names (#view/argument). Needs everything else.
+
+const views = { trend: trendView, rollout: rolloutView, response: responseView, whatif: whatIfView, noise: noiseView, incomplete: incompleteView };
+const state = { rollout: undefined, response: 0, quantity: "f", heatmap: null };
+
+function go(view, argument) {
+  const target = argument === undefined ? `#${view}` : `#${view}/${argument}`;
+  if (location.hash === target) showView();
+  else location.hash = target;
+}
+
+function showView() {
+  const [name, argument] = location.hash.slice(1).split("/");
+  const view = views[name] ?? trendView;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (views[link.hash.slice(1)] === view) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const container = document.getElementById("view");
+  state.heatmap = null;
+  container.replaceChildren();
+  container.append(h("h1", { tabindex: -1 }, view.title));
+  view.render(container, argument ?? (view === rolloutView ? state.rollout : undefined));
+  redrawCharts(); // forgets those of the view before
+}
+
+function buildFrame() {
+  const missing = report.runs.reduce((sum, run) => sum + run.missing.length, 0);
+  document.getElementById("views").replaceChildren(...Object.entries(views).map(([name, view]) => h("a", { href: `#${name}` }, view.title,
+    view === incompleteView && missing ? h("span", { class: "badge" }, String(missing)) : null)));
+  document.getElementById("runs").textContent = report.runs.map((run) => run.name).join(", ");
+  document.getElementById("selection").textContent = report.selection;
+  const warnings = report.notes.slice();
+  if (missing) warnings.push(`${plural(missing, "thing")} missing; see Incomplete.`);
+  document.getElementById("warnings").replaceChildren(...warnings.map((text) => h("p", {}, text)));
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, select, textarea")) return;
+  if (event.key === "n" || event.key === "p") {
+    const inText = document.activeElement?.classList.contains("tokens");
+    document.querySelector(`#view [data-key="${event.key}"]:not(:disabled)`)?.click();
+    if (inText) requestAnimationFrame(() => state.heatmap?.text.focus());
+  }
+});
+
+async function start() {
+  const status = document.getElementById("status");
+  if (typeof DecompressionStream === "undefined") {
+    status.textContent = "This browser is too old for the page: it needs Chrome 80, Firefox 113 or Safari 16.4.";
+    return;
+  }
+  await loadReport();
+  readCssColours();
+  buildFrame();
+  addEventListener("hashchange", showView);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    readCssColours();
+    redrawCharts();
+    state.heatmap?.scheduleStrip();
+  });
+  const [byTokens] = [report.responses.map((r) => r.index)];
+  state.response = byTokens.at(-1) ?? 0;
+  state.rollout = report.rollouts.length ? report.rollouts.length - 1 : undefined;
+  showView();
+  status.remove();
+  document.documentElement.dataset.ready = "true";
+}
+
+start().catch((error) => {
+  document.getElementById("status").textContent = `The page's data cannot be read: ${error.message}`;
+  throw error;
+});
