@@ -88,9 +88,7 @@ def weigh(records: list[TokenRecord], config: FipoConfig) -> list[TokenRecord]:
     """The records with F, f and fate as the loss has them."""
     result = python_weights(records, config, torch.float32)
     sizes = np.cumsum([len(record.tokens) for record in records])[:-1]
-    fate = np.concatenate([np.where(record.loss_mask, 0, Fate.MASKED) for record in records]).astype(np.uint8)
-    for flag, name in _FATE_METRICS.items():
-        fate |= np.where(result.metrics[name].numpy() != 0, flag, 0).astype(np.uint8)
+    fate = token_fates(records, result)
     parts = [
         np.split(values, sizes)
         for values in (result.future_kl.numpy(), result.metrics["influence_weight"].numpy(), fate)
@@ -99,6 +97,14 @@ def weigh(records: list[TokenRecord], config: FipoConfig) -> list[TokenRecord]:
         replace(record, future_kl=future, influence=influence, fate=fates)
         for record, future, influence, fates in zip(records, *parts, strict=True)
     ]
+
+
+def token_fates(records: list[TokenRecord], result) -> np.ndarray:
+    """Packed fates of what :func:`python_weights` returned."""
+    fate = np.concatenate([np.where(record.loss_mask, 0, Fate.MASKED) for record in records]).astype(np.uint8)
+    for flag, name in _FATE_METRICS.items():
+        fate |= np.where(result.metrics[name].numpy() != 0, flag, 0).astype(np.uint8)
+    return fate
 
 
 def python_weights(records: list[TokenRecord], config: FipoConfig, dtype: torch.dtype):

@@ -20,9 +20,9 @@ function showView() {
   const container = document.getElementById("view");
   state.heatmap = null;
   container.replaceChildren();
+  dropCharts();
   container.append(h("h1", { tabindex: -1 }, view.title));
   view.render(container, argument ?? (view === rolloutView ? state.rollout : undefined));
-  redrawCharts(); // forgets those of the view before
 }
 
 function buildFrame() {
@@ -45,6 +45,15 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+/** What the page opens with: the newest rollout, and of its last step the response with the largest mean |f − 1|. */
+function openMostExtreme() {
+  if (!report.rollouts.length) return;
+  state.rollout = report.rollouts.length - 1;
+  const rows = report.rollouts[state.rollout].steps.at(-1).rows.filter((row) => row.page >= 0 && !row.dropped);
+  rows.sort((a, b) => (b.deviation ?? 0) - (a.deviation ?? 0));
+  if (rows.length) state.response = rows[0].page;
+}
+
 async function start() {
   const status = document.getElementById("status");
   if (typeof DecompressionStream === "undefined") {
@@ -60,9 +69,7 @@ async function start() {
     redrawCharts();
     state.heatmap?.scheduleStrip();
   });
-  const [byTokens] = [report.responses.map((r) => r.index)];
-  state.response = byTokens.at(-1) ?? 0;
-  state.rollout = report.rollouts.length ? report.rollouts.length - 1 : undefined;
+  openMostExtreme();
   showView();
   status.remove();
   document.documentElement.dataset.ready = "true";

@@ -29,9 +29,15 @@ function drawChart(element, make) {
 }
 
 function redrawCharts() {
-  for (const [element, make] of charts) {
-    if (element.isConnected) drawChart(element, make);
-    else charts.delete(element);
+  for (const [element, make] of charts) drawChart(element, make);
+}
+
+/** Forget charts that are no longer on the page. */
+function dropCharts() {
+  for (const element of charts.keys()) {
+    if (element.isConnected) continue;
+    Plotly.purge(element);
+    charts.delete(element);
   }
 }
 
@@ -45,19 +51,18 @@ function drawHistogram(element, title, edges, series) {
     series.map(({ label, counts, colour }) => {
       const total = counts.reduce((sum, count) => sum + count, 0) || 1;
       return {
-        type: "scatter", mode: "lines", line: { shape: "hvh", width: 1.5, color: cssVariable(colour) },
-        fill: "tozeroy", fillcolor: `color-mix(in srgb, ${cssVariable(colour)} 18%, transparent)`, name: label,
-        x: centres, y: counts.map((count) => (count ? count / total : null)), connectgaps: false,
+        type: "bar", width: edges[1] - edges[0], marker: { color: cssVariable(colour), line: { width: 0 } }, opacity: 0.55,
+        name: label, x: centres, y: counts.map((count) => count / total),
         hovertemplate: "%{x:.4g}: %{y:.3%}<extra>%{fullData.name}</extra>",
       };
     }),
     {
       height: 230,
       xaxis: { title: { text: title, standoff: 6 } },
-      yaxis: { type: "log", tickformat: ".0e", nticks: 5, title: { text: "share of tokens", standoff: 4 }, dtick: 1, exponentformat: "power", tickprefix: "" },
+      yaxis: { type: "log", dtick: 1, tickformat: "~%", title: { text: "share of tokens", standoff: 4 } },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
       margin: { l: 56, r: 8, t: 30, b: 44 },
-      hovermode: "x",
+      hovermode: "x", barmode: "overlay",
     },
   ]);
 }

@@ -17,7 +17,6 @@ const MARKS = [
   [FATE.CAPPED, "capped", "capped: A < 0 and ratio above the safety threshold"],
   [FATE.EXCLUDED, "excluded", "excluded: ratio above c, no part in Future-KL"],
   [FATE.NONFINITE, "nonfinite", "Δ is not finite"],
-  [FATE.DROPPED, "dropped", "dropped: the sequence filter took the response out"],
   [FATE.MASKED, "masked", "masked: not trained"],
 ];
 const MARKED = FATE.CLIPPED_HIGH | FATE.CLIPPED_LOW | FATE.CAPPED | FATE.EXCLUDED | FATE.NONFINITE;
@@ -93,6 +92,7 @@ class Heatmap {
   repaint() {
     this.version++;
     for (const block of this.blocks) if (block.near) this.paint(block);
+    this.text.classList.toggle("dropped", this.length > 0 && (this.fate[this.response.start] & FATE.DROPPED) !== 0);
     this.drawLegend();
     this.drawReadout();
     this.scheduleStrip();
@@ -244,6 +244,7 @@ class Heatmap {
       h("span", { class: "scale", role: "img", "aria-label": `Colour scale from ${number(centre - limit)} to ${number(centre + limit)}` }, cells),
       ...MARKS.filter(([bit]) => used & bit).map(([, mark, meaning]) =>
         h("span", { class: "key" }, h("span", { class: `t ${mark}` }, "token"), ` ${meaning}`)),
+      used & FATE.DROPPED ? h("span", { class: "key" }, h("span", { class: "t dropped" }), " dropped by the sequence filter: the loss is 0") : "",
     );
   }
 
@@ -264,6 +265,7 @@ class Heatmap {
       entries.push(["A", signed(arrays.advantages[t])]);
       if (this.response.mismatch) entries.push(["mismatch", signed(arrays.mismatch[t])]);
       const fates = MARKS.filter(([bit]) => this.fate[t] & bit).map(([, , meaning]) => meaning.split(":")[0]);
+      if (this.fate[t] & FATE.DROPPED) fates.push("dropped");
       entries.push(["fate", fates.join(", ") || "weighted"]);
     }
     this.readout.replaceChildren(...entries.map(([name, value]) =>

@@ -9,6 +9,8 @@ const VERDICTS = {
   unknown: "The last step's Future-KL was not recorded, so there is nothing to compare the noise with.",
 };
 
+const VERDICT_WORDS = { noise: "noise", mixed: "partly noise", drift: "drift", none: "no mismatch in Δ", unknown: "–" };
+
 const noiseView = {
   title: "Noise",
 
@@ -34,7 +36,7 @@ const noiseView = {
     container.append(h("h2", {}, "All recorded rollouts"), table(
       ["rollout", "mean |mismatch|", "mean mismatch", "mean |F| of the mismatch", "mean |F|, last step", "ratio", "weights it would clip", "clipped, last step", "verdict"],
       judged.map(({ noise, ...rollout }) => [rolloutName(rollout), number(noise.mismatch, 4), number(noise.bias, 4), number(noise.noise, 4), number(noise.final, 4),
-        number(noise.ratio, 2), percent(noise.noise_clipped), percent(noise.final_clipped), VERDICTS[noise.verdict].split(",")[0]])));
+        number(noise.ratio, 2), percent(noise.noise_clipped), percent(noise.final_clipped), VERDICT_WORDS[noise.verdict]])));
   },
 };
 

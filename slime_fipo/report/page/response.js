@@ -52,7 +52,7 @@ const responseView = {
 };
 
 const responseName = (r) =>
-  `${report.runs.length > 1 ? `${report.runs[r.run].name}, ` : ""}rollout ${r.rollout}, step ${r.step + 1}, group ${r.group}, position ${r.position}`;
+  `${report.runs.length > 1 ? `${report.runs[r.run].name}, ` : ""}rollout ${r.rollout}, step ${r.step}, group ${r.group}, position ${r.position}`;
 
 const stepTitle = (rollout, response) => `Step ${stepName(rollout, response.step)}`;
 

@@ -1,7 +1,7 @@
 "use strict";
 // View: one rollout's responses as a table, and histograms of Δ, F and f by the advantage's sign. Needs charts.js, data.js.
 
-const SIGN_COLOURS = { "A > 0": "--below", "A < 0": "--above", "A = 0": "--muted" };
+const SIGN_COLOURS = { "A > 0": "--above", "A < 0": "--below", "A = 0": "--muted" };
 const COLUMNS = [
   ["position", "position", number],
   ["group", "group", number],
@@ -55,15 +55,14 @@ const rolloutView = {
       h("div", { class: "grid three" }, ["shift", "future_kl", "influence"].map((quantity) => distribution(rollout, quantity))),
     );
     refresh();
-    this.afterRender = () => {};
   },
 };
 
 const rolloutName = (r) => (report.runs.length > 1 ? `${report.runs[r.run].name}, ` : "") + `rollout ${r.rollout}`;
 
 function stepName({ steps_per_rollout: steps }, step) {
-  const place = step === 0 ? " (first)" : step === steps - 1 ? " (last)" : "";
-  return `${step + 1} of ${steps}${place}`;
+  if (step === steps - 1) return `${step} (last of ${steps})`;
+  return step === 0 ? `0 (first of ${steps})` : `${step} (of ${steps})`;
 }
 
 function rolloutFacts(rollout, rows) {

@@ -48,7 +48,7 @@ function trendFigure(titles, width) {
           type: "scatter", mode: few ? "lines+markers" : "lines", x, y, meta: runIndex, xaxis: "x", yaxis: `y${suffix}`,
           legend: `legend${suffix}`, name: several ? `${plain(run.name)}: ${label}` : label, connectgaps: true,
           line: { color: seriesColour(several ? runIndex : colour), width: 1.8, dash: several && colour % 2 ? "dot" : "solid" },
-          marker: { size: 5, symbol: colour % 2 ? "square" : "circle" }, showlegend: !several || index === 0,
+          marker: { size: 5, symbol: colour % 2 ? "square" : "circle" }, showlegend: several ? index === 0 || seriesOf(run, title).length > 1 : seriesOf(run, title).length > 1,
           hovertemplate: "%{y:.4g}",
         });
         colour++;
@@ -56,10 +56,10 @@ function trendFigure(titles, width) {
     });
   });
   for (const rollout of new Set(report.rollouts.map((r) => r.rollout))) {
-    layout.shapes.push({
-      type: "line", x0: rollout, x1: rollout, xref: "x", y0: 0, y1: 1, yref: "paper", layer: "below",
+    titles.forEach((_, index) => layout.shapes.push({
+      type: "line", x0: rollout, x1: rollout, xref: "x", y0: 0, y1: 1, yref: `y${index ? index + 1 : ""} domain`, layer: "below",
       line: { color: cssVariable("--muted"), width: 1, dash: "dot" },
-    });
+    }));
   }
   return [traces, layout];
 }

@@ -91,21 +91,23 @@ const whatIfView = {
       h("p", { class: "muted" }, whatIfScope()),
       h("div", { class: "grid side" },
         controls,
-        h("div", {}, outputs.table, h("div", { class: "grid two" },
-          h("section", { class: "card" }, h("h3", {}, QUANTITY_TITLES.influence), outputs.f),
-          h("section", { class: "card" }, h("h3", {}, QUANTITY_TITLES.future_kl), outputs.F)))),
-      h("h2", {}, "Flags for a launch script"),
-      outputs.flags,
-      h("p", {}, h("button", { type: "button", onclick: () => copyText(outputs.flags, copied) }, "copy"), " ", copied),
-      h("h2", {}, "The open response with these settings"),
-      h("div", { class: "controls" },
-        select("Response", comparable().map((r) => [r.index, responseName(r)]), response.index, (value) => {
-          state.response = Number(value);
-          heatmap.show(report.responses[value], whatIf.after, influenceBounds(whatIf.config));
-        }),
-        select("Colour", Object.entries(QUANTITIES).filter(([, { needs }]) => needs === "known").map(([name, { label }]) => [name, label]),
-          "f", (name) => heatmap.setQuantity(name))),
-      heatmap.element,
+        h("div", {},
+          h("div", { class: "grid three" },
+            outputs.table,
+            h("section", { class: "card" }, h("h3", {}, QUANTITY_TITLES.influence), outputs.f),
+            h("section", { class: "card" }, h("h3", {}, QUANTITY_TITLES.future_kl), outputs.F)),
+          h("h2", {}, "The open response with these settings"),
+          h("div", { class: "controls" },
+            select("Response", comparable().map((r) => [r.index, responseName(r)]), response.index, (value) => {
+              state.response = Number(value);
+              heatmap.show(report.responses[value], whatIf.after, influenceBounds(whatIf.config));
+            }),
+            select("Colour", Object.entries(QUANTITIES).filter(([, { needs }]) => needs === "known").map(([name, { label }]) => [name, label]),
+              "f", (name) => heatmap.setQuantity(name))),
+          heatmap.element,
+          h("h2", {}, "Flags for a launch script"),
+          outputs.flags,
+          h("p", {}, h("button", { type: "button", onclick: () => copyText(outputs.flags, copied) }, "copy"), " ", copied))),
     );
     heatmap.show(response, whatIf.after, influenceBounds(whatIf.config));
     showWhatIf(outputs);
@@ -135,13 +137,13 @@ function showWhatIf(outputs) {
     ["mean f", "f", (value, n) => number(value / n, 4)],
     ["mean |f − 1|", "deviation", (value, n) => number(value / n, 4)],
     ["mean |F| (nats)", "F", (value, n) => number(value / n, 4)],
-    ["clipped at the upper bound", "high", (value, n) => percent(value / n)],
-    ["clipped at the lower bound", "low", (value, n) => percent(value / n)],
-    ["capped by the safety threshold", "capped", (value, n) => percent(value / n)],
-    ["excluded from Future-KL", "excluded", (value, n) => percent(value / n)],
+    ["clipped high", "high", (value, n) => percent(value / n)],
+    ["clipped low", "low", (value, n) => percent(value / n)],
+    ["capped (safety)", "capped", (value, n) => percent(value / n)],
+    ["excluded (ratio > c)", "excluded", (value, n) => percent(value / n)],
     ["responses dropped", "dropped", (value) => number(value)],
   ].map(([label, key, format]) => [label, format(a.sums[key], a.sums.tokens || 1), format(b.sums[key], b.sums.tokens || 1)]);
-  rows.push(["trained tokens whose weight changes", "", percent(shareChanged(before, after))]);
+  rows.push(["weights that change", "", percent(shareChanged(before, after))]);
   outputs.table.replaceChildren(table(["", "before", "after"], rows));
   for (const name of ["f", "F"]) {
     const all = Array.from({ length: WHAT_IF_BINS + 1 }, (_, i) => edges[name][0] + ((edges[name][1] - edges[name][0]) * i) / WHAT_IF_BINS);
