@@ -46,7 +46,7 @@ function trendFigure(titles, width) {
         const few = x.length < 40;
         traces.push({
           type: "scatter", mode: few ? "lines+markers" : "lines", x, y, meta: runIndex, xaxis: "x", yaxis: `y${suffix}`,
-          legend: `legend${suffix}`, name: several ? `${plain(run.name)}: ${label}` : label, connectgaps: true,
+          legend: `legend${suffix}`, name: several ? `${plain(run.name)}: ${plain(label)}` : plain(label), connectgaps: true,
           line: { color: seriesColour(several ? runIndex : colour), width: 1.8, dash: several && colour % 2 ? "dot" : "solid" },
           marker: { size: 5, symbol: colour % 2 ? "square" : "circle" }, showlegend: several ? index === 0 || seriesOf(run, title).length > 1 : seriesOf(run, title).length > 1,
           hovertemplate: "%{y:.4g}",
