@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.listing import paper_listing
+from benchmarks.report import figures as report_figures
 from slime_fipo import FipoConfig, fipo_weights, future_kl
 from tests.algorithm import oracle
 from tests.algorithm.memory import peak_extra_bytes
@@ -102,6 +103,10 @@ def main() -> int:
     report("peak extra floats per token, future_kl", extra, 10, f"{extra:.1f}")
     extra = peak_extra_bytes(lambda: fipo_weights(log_probs, old, advantages, mask, ragged, FipoConfig())) / per_token
     report("peak extra floats per token, fipo_weights", extra, 10, f"{extra:.1f}")
+
+    # 5. The report page, in a browser.
+    for what, value, bound, text in report_figures():
+        report(what, value, bound, text)
 
     Console(width=max(110, Console().width)).print(table)
     for what in missed:

@@ -9,8 +9,9 @@ import functools
 import importlib.util
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +21,7 @@ TEXT, CONTINUATION, SPECIAL = 0, 1, 2  # kinds of piece
 MAX_CHARACTERS = 300  # of one token; what is longer is cut, and says so
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """How one token is shown.
 
     Args:
@@ -67,30 +67,30 @@ class Decoder:
 
     def __init__(self, raw: Callable[[int], bytes | Piece]):
         self._raw = functools.cache(raw)
+        self._whole = functools.cache(self._whole_piece)
 
     def pieces(self, tokens: np.ndarray) -> list[Piece]:
         """One piece per token; a character split over several tokens is shown at the token it begins in."""
-        pieces, broken = [], []  # broken: a run of tokens none of which is UTF-8 by itself
-        for token in [*map(int, tokens), None]:
-            raw = None if token is None else self._raw(token)
-            whole = self._whole(token) if isinstance(raw, bytes) else raw
-            if whole is None and raw is not None:
-                broken.append((token, raw))
-                continue
-            pieces += _joined(broken)
-            broken = []
-            if whole is not None:
-                pieces.append(whole)
-        return pieces
+        tokens = tokens.tolist()
+        pieces = list(map(self._whole, tokens))
+        if None not in pieces:
+            return pieces
+        result = []
+        for is_broken, run in groupby(zip(tokens, pieces, strict=True), lambda pair: pair[1] is None):
+            result += _joined([(token, self._raw(token)) for token, _ in run]) if is_broken else [p for _, p in run]
+        return result
 
     def text(self, tokens: np.ndarray) -> str:
         """The pieces' text in one string, without continuation marks."""
         return "".join(piece.text for piece in self.pieces(tokens) if piece.kind != CONTINUATION)
 
-    @functools.cache  # noqa: B019 -- a decoder lives as long as the report
-    def _whole(self, token: int) -> Piece | None:
+    def _whole_piece(self, token: int) -> Piece | None:
+        """None where the token's bytes are UTF-8 only together with its neighbours'."""
+        raw = self._raw(token)
+        if isinstance(raw, Piece):
+            return raw
         try:
-            return _piece(token, self._raw(token).decode("utf-8"))
+            return _piece(token, raw.decode("utf-8"))
         except UnicodeDecodeError:
             return None
 
