@@ -67,7 +67,9 @@ def write_records(folder: Path, tokenizer: Path) -> None:
     words = {"\n": 0}
     while len(words) < VOCABULARY + 1:
         words.setdefault(" " + "".join(rng.choice(letters, rng.integers(1, 9))), len(words))
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="\n"))).save_pretrained(tokenizer)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="\n"))).save_pretrained(
+        tokenizer
+    )
     groups = RESPONSES // 2 // 4
     for step, drift in ((0, 0.0), (3, 0.01)):
         header = StepHeader(0, step, 4, CONFIG.as_dict(), "slime", shift_from="rollout", tokenizer=str(tokenizer))

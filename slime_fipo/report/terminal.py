@@ -56,7 +56,9 @@ def _few(numbers: set[int]) -> str:
 def print_response(console: Console, record: TokenRecord, decoders: Decoders) -> None:
     """Print the response's facts, its tokens coloured by f (or by the mismatch, where f is not known), and a legend."""
     header, row = record.header, response_row(record)
-    title = f"rollout {header.rollout_id}, step {header.step_id} of {header.steps_per_rollout}, position {record.position}"
+    title = (
+        f"rollout {header.rollout_id}, step {header.step_id} of {header.steps_per_rollout}, position {record.position}"
+    )
     console.print(f"{title}, group {record.group}", style="bold", markup=False)
     facts = {
         "reward": row["reward"],
@@ -68,9 +70,7 @@ def print_response(console: Console, record: TokenRecord, decoders: Decoders) ->
         "max f": row["f_max"],
         "clipped": row["clipped"],
     }
-    console.print(
-        "  ".join(f"{name} {value:.4g}" for name, value in facts.items() if value is not None), markup=False
-    )
+    console.print("  ".join(f"{name} {value:.4g}" for name, value in facts.items() if value is not None), markup=False)
     if row["dropped"]:
         console.print("dropped by the sequence filter: its loss is 0", markup=False)
     decoder = decoders.of(header)

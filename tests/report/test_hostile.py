@@ -51,7 +51,8 @@ def hostile_run(tmp_path):
     records = make_records(range(1), vocabulary=len(TOKENS) - 1, lengths=(60, 60))
     everything = np.arange(len(TOKENS), dtype=np.int32)
     records = [
-        replace(record, tokens=np.resize(everything, 60), prompt=everything, position=i) for i, record in enumerate(records)
+        replace(record, tokens=np.resize(everything, 60), prompt=everything, position=i)
+        for i, record in enumerate(records)
     ]
     header = StepHeader(0, 0, 9, CONFIG.as_dict(), TOKENS[1], tokenizer=hostile_tokenizer(tmp_path / "tokenizer"))
     write_step(run / "records", header, records)
@@ -73,7 +74,10 @@ def test_the_page_shows_them_and_nothing_runs(open_page, hostile_run, tmp_path):
     shown = page.evaluate("Array.from(document.querySelectorAll('.tokens .t'), (span) => span.textContent)")
     assert shown[: len(TOKENS)] == [visible(token) for token in TOKENS]
     assert shown[0] == TOKENS[0] and shown[5] == TOKENS[5]
-    assert page.evaluate("document.querySelectorAll('img, svg [onload], iframe, object, a[href^=\"javascript\"]').length") == 0
+    assert (
+        page.evaluate("document.querySelectorAll('img, svg [onload], iframe, object, a[href^=\"javascript\"]').length")
+        == 0
+    )
     assert page.evaluate("document.scripts.length") == scripts
     assert page.evaluate("window.hacked") is None
     assert page.evaluate("document.querySelector('#runs').textContent") == hostile_run.name

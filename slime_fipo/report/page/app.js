@@ -18,11 +18,19 @@ function showView() {
     else link.removeAttribute("aria-current");
   }
   const container = document.getElementById("view");
+  const focused = container.contains(document.activeElement) ? document.activeElement : null;
   state.heatmap = null;
   container.replaceChildren();
   dropCharts();
   container.append(h("h1", { tabindex: -1 }, view.title));
   view.render(container, argument ?? (view === rolloutView ? state.rollout : undefined));
+  if (focused) keepFocus(container, focused);
+}
+
+/** What had the focus is gone: give it to the same control of the new view, else to the response's text or the heading. */
+function keepFocus(container, { dataset: { focus } }) {
+  const same = focus && container.querySelector(`[data-focus="${CSS.escape(focus)}"]:not(:disabled)`);
+  (same || state.heatmap?.text || container.querySelector("h1")).focus({ preventScroll: true });
 }
 
 function buildFrame() {
@@ -39,9 +47,7 @@ function buildFrame() {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.target.closest("input, select, textarea")) return;
   if (event.key === "n" || event.key === "p") {
-    const inText = document.activeElement?.classList.contains("tokens");
     document.querySelector(`#view [data-key="${event.key}"]:not(:disabled)`)?.click();
-    if (inText) requestAnimationFrame(() => state.heatmap?.text.focus());
   }
 });
 

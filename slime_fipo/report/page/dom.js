@@ -15,7 +15,7 @@ function h(tag, attributes = {}, ...children) {
 
 /** A labelled drop-down. options: [value, label] pairs. */
 function select(label, options, chosen, onChange) {
-  const element = h("select", { onchange: (event) => onChange(event.target.value) },
+  const element = h("select", { "data-focus": label, onchange: (event) => onChange(event.target.value) },
     options.map(([value, text]) => h("option", { value, selected: String(value) === String(chosen) }, text)));
   return h("label", { class: "field" }, h("span", {}, label), element);
 }

@@ -344,7 +344,7 @@ class Heatmap {
     const top = this.text.scrollTop, bottom = top + this.text.clientHeight;
     let from = null, to = 0;
     for (const { element, start, stop } of this.blocks) {
-      const begin = element.offsetTop - this.text.offsetTop, size = element.offsetHeight || 1;
+      const begin = element.offsetTop, size = element.offsetHeight || 1;
       if (begin + size < top || begin > bottom) continue;
       const at = (y) => start + (stop - start) * Math.min(1, Math.max(0, (y - begin) / size));
       from ??= at(top);

@@ -23,15 +23,10 @@ const noiseView = {
         : noRecords());
       return;
     }
-    const newest = judged[judged.length - 1];
-    container.append(verdict(newest));
-    if (newest.noise.histogram) {
-      const chart = h("div", { class: "chart" }), { histogram } = newest.noise;
-      container.append(h("section", { class: "card" }, h("h3", {}, `F in ${rolloutName(newest)}: mismatch by itself, and the last step`), chart));
-      requestAnimationFrame(() => drawHistogram(chart, "F, Future-KL (nats)", histogram.edges, [
-        { label: "mismatch by itself", counts: histogram.noise, colour: "--above" },
-        { label: "last step", counts: histogram.final, colour: "--below" },
-      ]));
+    for (const run of new Set(judged.map((r) => r.run))) {
+      const newest = judged.filter((r) => r.run === run).at(-1);
+      container.append(verdict(newest));
+      if (newest.noise.histogram) container.append(noiseHistogram(newest));
     }
     container.append(h("h2", {}, "All recorded rollouts"), table(
       ["rollout", "mean |mismatch|", "mean mismatch", "mean |F| of the mismatch", "mean |F|, last step", "ratio", "weights it would clip", "clipped, last step", "verdict"],
@@ -39,6 +34,15 @@ const noiseView = {
         number(noise.ratio, 2), percent(noise.noise_clipped), percent(noise.final_clipped), VERDICT_WORDS[noise.verdict]])));
   },
 };
+
+function noiseHistogram(rollout) {
+  const chart = h("div", { class: "chart" }), { histogram } = rollout.noise;
+  requestAnimationFrame(() => drawHistogram(chart, "F, Future-KL (nats)", histogram.edges, [
+    { label: "mismatch by itself", counts: histogram.noise, colour: "--series-2" },
+    { label: "last step", counts: histogram.final, colour: "--series-1" },
+  ]));
+  return h("section", { class: "card" }, h("h3", {}, `F in ${rolloutName(rollout)}: mismatch by itself, and the last step`), chart);
+}
 
 function verdict(rollout) {
   const { noise } = rollout;

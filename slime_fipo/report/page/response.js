@@ -19,7 +19,7 @@ const responseView = {
     const both = [main, second].filter(Boolean);
     const neighbour = (distance, label, key) => {
       const target = siblings[place + distance];
-      return h("button", { type: "button", disabled: !target, "data-key": key, onclick: () => go("response", target.index) }, label);
+      return h("button", { type: "button", disabled: !target, "data-key": key, "data-focus": key, onclick: () => go("response", target.index) }, label);
     };
     const colour = h("span");
     const drawColour = () => colour.replaceChildren(select("Colour", Object.entries(QUANTITIES)

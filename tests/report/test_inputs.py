@@ -1,0 +1,184 @@
+"""Folders in, one line out where they are of no kind; which responses are chosen, and the response on the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from slime_fipo.cli import app
+from slime_fipo.errors import UserError
+from slime_fipo.records import Fate, StepHeader, read_records
+from slime_fipo.report.command import write_report
+from slime_fipo.report.inputs import read_inputs
+from slime_fipo.report.selection import extremeness, select
+from slime_fipo.report.statistics import noise, response_row, trend
+from slime_fipo.report.terminal import print_response
+from slime_fipo.report.text import Decoders
+
+from .rig import ALPHABET, CONFIG, make_records, write_rollout
+
+
+def command(*argv) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["report", *map(str, argv)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inputs") / "records"
+    for rollout in (0, 10):
+        write_rollout(path, rollout, seed=rollout)
+    return path
+
+
+def test_the_command_writes_the_page_and_prints_its_path(folder, tmp_path):
+    code, output, _ = command(folder, "--output", tmp_path / "page.html", "--samples", 8)
+    assert code == 0
+    sentence, path = output.splitlines()
+    assert sentence.startswith("8 of 32 recorded responses") and "--samples" in sentence
+    assert path == str(tmp_path / "page.html") and (tmp_path / "page.html").stat().st_size > 4e6
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "is none of these: a run directory of slime-fipo local"),
+        (lambda path: path.rmdir(), "is not a folder"),
+        (
+            lambda path: (path / "metrics.jsonl").write_text("{}\nnot json\n"),
+            "metrics.jsonl, line 2 is not a JSON object",
+        ),
+        (lambda path: truncated(path), "cannot be read"),
+        (lambda path: (path / "seed-1/a").mkdir(parents=True), "is none of these"),
+    ],
+)
+def test_a_bad_path_is_one_line(tmp_path, make, says):
+    path = tmp_path / "input"
+    path.mkdir()
+    make(path)
+    code, output, error = command(path)
+    assert (code, output) == (2, "") and len(error.splitlines()) == 1
+    assert says in error and str(path) in error
+
+
+def truncated(path) -> None:
+    write_rollout(path)
+    file = next(path.glob("*/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--rollout", "3"], "--rollout 3 is not recorded; recorded are 0, 10"),
+        (["--group", "99"], "--group 99 is not recorded"),
+        (["--samples", "-1"], "--samples is -1"),
+        (["--tokens", "7:0"], "rollout 7 is not recorded; recorded are 0, 10"),
+        (["--tokens", "99"], "no response at position 99"),
+        (["--tokens", "first"], "give POSITION or ROLLOUT:POSITION"),
+        (["--output", "/proc/none/page.html"], "/proc/none/page.html cannot be written"),
+    ],
+)
+def test_a_bad_flag_is_one_line(folder, flags, says):
+    code, _, error = command(folder, *flags)
+    assert code == 2 and says in error and len(error.splitlines()) == 1
+
+
+def test_several_paths_of_several_kinds(folder, tmp_path):
+    run = tmp_path / "records"  # the same name as the other folder
+    write_rollout(run / "records")
+    (run / "metrics.jsonl").write_text(json.dumps({"rollout/step": 0, "rollout/raw_reward": 0.25}) + "\n")
+    comparison = tmp_path / "compare"
+    for seed in (1, 2):
+        for arm in ("base", "dapo", "fipo-7b"):
+            (comparison / f"seed-{seed}" / arm).mkdir(parents=True)
+            (comparison / f"seed-{seed}" / arm / "metrics.jsonl").write_text('{"eval/step": 0, "eval/heldout": 0.5}\n')
+    runs = read_inputs([folder, run, comparison])
+    names = [run.name for run in runs]
+    assert names[0] == "records" and names[1] == f"records ({run})"
+    assert names[2:] == ["dapo, seed-1", "fipo-7b, seed-1", "dapo, seed-2", "fipo-7b, seed-2"]
+    assert runs[2].missing == [f"{comparison}: compare.json is missing, so the comparison has not finished"]
+    panels = {panel["title"]: panel["series"] for panel in trend(runs[1])}
+    assert panels["Reward or accuracy"] == [{"label": "reward of rollouts", "x": [0], "y": [0.25]}]
+    assert panels["Mean |f − 1|"][0]["x"] == [0]  # not logged, so from the records
+    write_report([folder, run, comparison], tmp_path / "page.html")
+
+
+def test_whole_groups_extremes_first_every_step_represented(folder):
+    runs = read_inputs([folder])
+    chosen, _ = select(runs, 16)
+    places = {(r.header.rollout_id, r.header.step_id) for _, r in chosen}
+    assert len(chosen) == 16 and places == {(0, 0), (0, 3), (10, 0), (10, 3)}
+    for rollout, step in places:
+        there = [r for r in runs[0].records if (r.header.rollout_id, r.header.step_id) == (rollout, step)]
+        groups = {r.group for _, r in chosen if (r.header.rollout_id, r.header.step_id) == (rollout, step)}
+        most = max(there, key=extremeness)
+        assert groups == {most.group}
+    only, sentence = select(runs, 64, rollouts=[10], groups=[1])
+    assert {(r.header.rollout_id, r.group) for _, r in only} == {(10, 1)} and "rollout 10 and group 1" in sentence
+    assert len(select(runs, 0)[0]) == 0 and len(select(runs, 5)[0]) == 5
+    with pytest.raises(UserError):
+        select(runs, 64, rollouts=[10], groups=[99])
+
+
+def test_sums_leave_out_what_is_masked_missing_or_not_finite():
+    [record, *_] = make_records(range(1), rare=0)
+    trained = record.loss_mask.copy()
+    trained[:3] = True
+    shift, influence = record.shift.copy(), record.influence.copy()
+    shift[0] = np.nan
+    influence[:3] = (1.1, 1.2, 1.3)
+    present = np.zeros(len(shift), bool)
+    present[:3] = True
+    fate = np.zeros(len(shift), np.uint8)
+    fate[[0, 1]], fate[10] = (Fate.NONFINITE, Fate.CLIPPED_HIGH), Fate.CLIPPED_HIGH
+    row = response_row(replace(record, loss_mask=trained, shift=shift, influence=influence, present=present, fate=fate))
+    assert row["f"] == pytest.approx(1.2) and row["f_max"] == pytest.approx(1.3) and row["trained"] == 3
+    assert row["clipped"] == pytest.approx(1 / 3) and row["nonfinite"] == 1
+    assert row["absent"] == len(shift) - 3
+
+
+def test_noise_of_a_known_size():
+    """Independent noise σ becomes σ/√(1 − γ²) in F."""
+    header = StepHeader(0, 0, 1, CONFIG.as_dict(), "slime", shift_from="rollout")
+    records = make_records(range(8), lengths=(3000, 3000), noise=0.02, drift=0.0, rare=0)
+    found = noise({0: [replace(r, header=header) for r in records]}, last=0)
+    sigma = 0.02 / np.sqrt(1 - 2 ** (-2 / 32))
+    assert found["noise"] == pytest.approx(sigma * np.sqrt(2 / np.pi), rel=0.1)
+    assert found["ratio"] == pytest.approx(1, rel=0.05) and found["verdict"] == "noise"
+
+
+def test_a_response_on_the_terminal(folder):
+    code, output, _ = command(folder, "--tokens", "10:25")
+    assert code == 0
+    record = next(r for r in read_records(folder).records if r.header.rollout_id == 10 and r.position == 25)
+    lines = output.splitlines()
+    assert lines[0] == "rollout 10, step 3 of 4, position 25, group 6"
+    assert f"mean f {record.influence[record.loss_mask].mean():.4g}" in lines[1]
+    plain = "".join(ALPHABET[t - 1] for t in record.tokens).replace("\n", "")
+    body = "".join(lines[2:-1]).split("colour:")[0]
+    for mark in "^_!x?↵":  # marks stand behind tokens; of the alphabet only x is one of them
+        body = body.replace(mark, "")
+    assert body.endswith(plain.replace("x", ""))
+
+
+def test_the_terminals_colours_follow_f(folder):
+    record = next(r for r in read_records(folder).records if r.header.step_id == 3)
+    record = replace(
+        record, influence=np.ones(len(record.tokens), np.float32), fate=np.zeros(len(record.tokens), np.uint8)
+    )
+    record.loss_mask[:] = True
+    record.influence[3], record.influence[5] = 1.2, 0.8
+    record.fate[3] = Fate.CLIPPED_HIGH
+    buffer = io.StringIO()
+    print_response(Console(file=buffer, force_terminal=True, color_system="truecolor", width=300), record, Decoders())
+    output = buffer.getvalue()
+    assert output.count("48;2;179;88;6m") == 2 and output.count("48;2;33;102;172m") == 2  # the token, and the scale
+    assert "clipped at the upper bound" in output and "lower bound" not in output
