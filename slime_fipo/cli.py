@@ -104,7 +104,9 @@ def check(
 
 @app.command()
 def report(
-    paths: Annotated[list[Path], typer.Argument(help="run directories, slime-fipo compare, or token records")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="run directories, slime-fipo compare, token records, slime's --dump-details")
+    ],
     output: Annotated[Path | None, typer.Option(help="the page; default: report.html in the first PATH")] = None,
     samples: Annotated[int, typer.Option(help="at most this many responses go in with all their tokens")] = 64,
     rollout: Annotated[list[int] | None, typer.Option(help="only this rollout; may be repeated")] = None,
@@ -113,17 +115,28 @@ def report(
         str | None, typer.Option(metavar="SAMPLE", help="print one response instead: POSITION or ROLLOUT:POSITION")
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer, if the records name none")] = None,
+    use_rollout_logprobs: Annotated[
+        bool | None, typer.Option(help="for slime's dumps: whether the run had this flag", show_default="unknown")
+    ] = None,
+    fipo_preset: Annotated[str | None, typer.Option(help="for slime's dumps: the run's settings, 7b or 32b")] = None,
 ) -> None:
     """See what FIPO did: one HTML page that needs neither a server nor a network, from runs and token records."""
     try:
+        from .algorithm import FipoConfig
         from .report.command import print_tokens, write_report
+        from .report.inputs import DumpOptions
     except ModuleNotFoundError as error:
         _fail(f"slime-fipo report needs the package {error.name}: pip install 'slime-fipo[report]'")
     try:
+        try:
+            config = FipoConfig() if fipo_preset is None else FipoConfig.preset(fipo_preset)
+        except ValueError as error:
+            raise UserError(f"--fipo-{error}") from None
+        dumps = DumpOptions(config, use_rollout_logprobs, tuple(rollout or ()))
         if tokens is not None:
-            print_tokens(paths, tokens, tokenizer)
+            print_tokens(paths, tokens, tokenizer, dumps)
         else:
-            path, sentence = write_report(paths, output, samples, rollout or (), group or (), tokenizer)
+            path, sentence = write_report(paths, output, samples, rollout or (), group or (), tokenizer, dumps)
             print(sentence)
             print(path)
     except UserError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..report.command import write_report
+from ..report.command import REPORT_FILE, write_report
 from ..report.picture import write_picture
 from ..report.summary import print_summary, summarize
 from .arguments import flag_of, parse_arguments
@@ -263,6 +263,8 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     with Progress() as progress:
         directory = run(args, progress)
+    if not (directory.path / REPORT_FILE).exists():
+        write_report([directory.path])
     summary = json.loads(directory.summary_file.read_text(encoding="utf-8"))
     print_summary(progress.console, directory.path, summary)
 

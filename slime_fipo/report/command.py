@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import UserError
-from .inputs import RECORDS, read_inputs
+from .inputs import DumpOptions, read_inputs
 from .page import write_page
 from .selection import select
 from .terminal import find_response, print_response
@@ -16,8 +16,6 @@ from .text import Decoders
 
 REPORT_FILE = "report.html"
 SAMPLES = 64
-
-__all__ = ["RECORDS", "REPORT_FILE", "SAMPLES", "print_tokens", "write_report"]
 
 
 def write_report(
@@ -27,6 +25,7 @@ def write_report(
     rollouts: Sequence[int] = (),
     groups: Sequence[int] = (),
     tokenizer: Path | None = None,
+    dumps: DumpOptions = DumpOptions(),  # noqa: B008 -- frozen
 ) -> tuple[Path, str]:
     """Read ``paths`` and write the page.
 
@@ -35,6 +34,7 @@ def write_report(
         samples: at most this many responses go in with their tokens.
         rollouts, groups: only responses of these; empty: of all.
         tokenizer: folder that decodes the token ids, instead of the one that the records name.
+        dumps: how slime's dumps are read.
 
     Returns:
         The file, and the sentence that says which responses are in it.
@@ -44,7 +44,7 @@ def write_report(
     """
     if samples < 0:
         raise UserError(f"--samples is {samples}; it must be at least 0")
-    runs = read_inputs(list(paths))
+    runs = read_inputs(paths, dumps)
     chosen, sentence = select(runs, samples, rollouts, groups)
     output = output if output is not None else paths[0] / REPORT_FILE
     try:
@@ -54,11 +54,16 @@ def write_report(
     return output, sentence
 
 
-def print_tokens(paths: Sequence[Path], sample: str, tokenizer: Path | None = None) -> None:
+def print_tokens(
+    paths: Sequence[Path],
+    sample: str,
+    tokenizer: Path | None = None,
+    dumps: DumpOptions = DumpOptions(),  # noqa: B008 -- frozen
+) -> None:
     """Print the response that ``sample`` names, coloured.
 
     Raises:
         UserError: as :func:`write_report`, or ``sample`` was not recorded.
     """
-    record = find_response(read_inputs(list(paths)), sample)
+    record = find_response(read_inputs(paths, dumps), sample)
     print_response(Console(highlight=False), record, Decoders(tokenizer))

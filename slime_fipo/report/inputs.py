@@ -6,12 +6,14 @@ A kind is a test of what stands in the folder and a reader; nothing else knows w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..algorithm import FipoConfig
 from ..errors import UserError
 from ..records import RecordSet, TokenRecord, read_records
+from ..records.slime_dump import SlimeDump, is_dump
 from ..records.store import is_record_folder
 from .metrics import METRICS_FILE, read_metrics
 
@@ -27,12 +29,29 @@ class Run:
         rows: rows of metrics, each with a step axis (``rollout/step``, ``eval/step``); empty if there are none.
         records: token records, in order of rollout, step and position.
         missing: one sentence for each thing that should be there and is not.
+        notes: sentences about how the run was read.
     """
 
     name: str
     rows: list[dict] = field(default_factory=list)
     records: list[TokenRecord] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DumpOptions:
+    """What slime's dumps do not say, and which of their many rollouts to read.
+
+    Args:
+        config: the run's FIPO settings.
+        use_rollout_logprobs: as in :class:`SlimeDump`.
+        rollouts: ids; empty: the first and the newest.
+    """
+
+    config: FipoConfig = field(default_factory=FipoConfig)
+    use_rollout_logprobs: bool | None = None
+    rollouts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,14 +60,14 @@ class Kind:
 
     name: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path], list[Run]]
+    read: Callable[[Path, DumpOptions], list[Run]]
 
 
 def _is_run(path: Path) -> bool:
     return (path / METRICS_FILE).is_file()
 
 
-def _read_run(path: Path, name: str | None = None) -> list[Run]:
+def _read_run(path: Path, _: DumpOptions, name: str | None = None) -> list[Run]:
     records = path / RECORDS
     found = read_records(records) if is_record_folder(records) else RecordSet()
     return [Run(name or path.resolve().name, read_metrics(path / METRICS_FILE), found.records, found.missing)]
@@ -58,12 +77,12 @@ def _is_comparison(path: Path) -> bool:
     return any(path.glob(f"seed-*/*/{METRICS_FILE}"))
 
 
-def _read_comparison(path: Path) -> list[Run]:
+def _read_comparison(path: Path, options: DumpOptions) -> list[Run]:
     """Every arm of every seed; the base models are where the arms begin, and have no rollouts."""
     runs = []
     for metrics in sorted(path.glob(f"seed-*/*/{METRICS_FILE}")):
         if metrics.parent.name != "base":
-            runs += _read_run(metrics.parent, f"{metrics.parent.name}, {metrics.parent.parent.name}")
+            runs += _read_run(metrics.parent, options, f"{metrics.parent.name}, {metrics.parent.parent.name}")
     planned = path / "compare.json"
     if not planned.exists():
         runs[0].missing.append(f"{path}: compare.json is missing, so the comparison has not finished")
@@ -75,19 +94,46 @@ def _read_comparison(path: Path) -> list[Run]:
     return runs
 
 
-def _read_records(path: Path) -> list[Run]:
+def _read_records(path: Path, _: DumpOptions) -> list[Run]:
     found = read_records(path)
     return [Run(path.resolve().name, [], found.records, found.missing)]
+
+
+def _read_dump(path: Path, options: DumpOptions) -> list[Run]:
+    dump = SlimeDump(path, options.config, options.use_rollout_logprobs)
+    ids = [i for i in dump.rollout_ids if i in options.rollouts] or sorted({dump.rollout_ids[0], dump.rollout_ids[-1]})
+    run = Run(path.resolve().name, list(dump.trend()), missing=dump.missing())
+    for rollout in ids:
+        found = dump.read(rollout)
+        run.records += found.records
+        run.missing += found.missing
+    if len(ids) < len(dump.rollout_ids):
+        shown = ", ".join(map(str, ids))
+        run.notes.append(
+            f"{path}: of {len(dump.rollout_ids)} dumped rollouts {shown} are read; --rollout chooses others."
+        )
+    if options.use_rollout_logprobs is None:
+        run.notes.append(
+            f"{path}: a dump does not say whether the run had --use-rollout-logprobs. Give that flag, and Δ, F and f are"
+            " rebuilt; --no-use-rollout-logprobs gives the mismatch at every step."
+        )
+    elif options.use_rollout_logprobs:
+        run.notes.append(
+            f"{path}: a dump does not say the FIPO settings. F and f are rebuilt with those of --fipo-preset, or else the"
+            " defaults."
+        )
+    return [run]
 
 
 KINDS = (
     Kind("a run directory of slime-fipo local (metrics.jsonl)", _is_run, _read_run),
     Kind("slime-fipo compare (seed-*/)", _is_comparison, _read_comparison),
     Kind("token records of --fipo-record (rollout_*/step_*.safetensors)", is_record_folder, _read_records),
+    Kind("slime's --dump-details folder (train_data/, rollout_data/)", is_dump, _read_dump),
 )
 
 
-def read_inputs(paths: list[Path]) -> list[Run]:
+def read_inputs(paths: Sequence[Path], options: DumpOptions = DumpOptions()) -> list[Run]:
     """The runs in ``paths``; names that clash are told apart by their folder.
 
     Raises:
@@ -100,7 +146,7 @@ def read_inputs(paths: list[Path]) -> list[Run]:
         kind = next((kind for kind in KINDS if kind.matches(path)), None)
         if kind is None:
             raise UserError(f"{path} is none of these: {_kinds()}")
-        found = kind.read(path)
+        found = kind.read(path, options)
         if {run.name for run in found} & {run.name for run in runs}:
             for run in found:
                 run.name = f"{run.name} ({path})"

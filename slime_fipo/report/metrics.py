@@ -1,5 +1,5 @@
-"""``metrics.jsonl``: a run's numbers over its rollouts, one JSON object a line, each with one step axis (``rollout/step``,
-``eval/step``, ``demo/step``). The one reader of that file, for whoever shows it.
+"""``metrics.jsonl``: a run's numbers over its rollouts, one JSON object a line, each with one step axis
+(``rollout/step``, ``eval/step``, ``demo/step``). The one reader of that file, for whoever shows it.
 """
 
 from __future__ import annotations

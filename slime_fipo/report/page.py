@@ -1,8 +1,8 @@
 """The page: one HTML file that holds its style, its scripts, plotly and all data.
 
-Nothing that came from a model or a file stands in the HTML as text: it is all in one gzip-compressed, base64-encoded
-block, which the scripts unpack and show as text nodes. A content security policy lets no other script run and nothing be
-loaded. The block is JSON (its length, little-endian, in the first four bytes) followed by the arrays.
+Nothing that came from a model or a file stands in the HTML as text, but for the title: it is all in one block, gzip in
+base64, which the scripts unpack and show as text nodes. A content security policy lets no other script run and nothing
+be loaded. The block is JSON (its length, little-endian, in the first four bytes), then the arrays.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _payload(runs: list[Run], chosen: list, selection: str, decoders: Decoders) 
 
     description = {
         "selection": selection,
-        "notes": decoders.notes,
+        "notes": decoders.notes + [note for run in runs for note in run.notes],
         "runs": [{"name": run.name, "panels": trend(run), "missing": run.missing} for run in runs],
         "rollouts": _rollouts(runs, on_page),
         "responses": responses,

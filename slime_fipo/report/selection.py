@@ -61,7 +61,7 @@ def select(
     if limits:
         sentence += f" ({' and '.join(limits)})"
     if len(chosen) < len(asked):
-        sentence += ": of every rollout's first and last step the groups with the largest |f − 1|"
+        sentence += ": of every recorded step the groups with the largest |f − 1|"
         sentence += ". --samples, --rollout and --group choose others"
     return chosen, sentence + "."
 

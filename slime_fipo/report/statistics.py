@@ -1,7 +1,7 @@
 """Sums over everything that was recorded, also over responses whose tokens do not go onto the page.
 
-Per response one row of a table, per optimizer step histograms by the advantage's sign, per rollout the verdict on noise,
-and the trend's panels. Averages are over trained tokens that are present.
+Per response one row of a table, per optimizer step histograms by the advantage's sign, per rollout the verdict on
+noise, and the trend's panels. Averages are over trained tokens that are present.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ class Decoder:
         if None not in pieces:
             return pieces
         result = []
-        for is_broken, run in groupby(zip(tokens, pieces, strict=True), lambda pair: pair[1] is None):
+        for is_broken, pairs in groupby(zip(tokens, pieces, strict=True), lambda pair: pair[1] is None):
+            run = list(pairs)
             result += _joined([(token, self._raw(token)) for token, _ in run]) if is_broken else [p for _, p in run]
         return result
 
@@ -139,7 +140,7 @@ class Decoders:
             self.notes.append("Tokens are shown as ids: the records name no tokenizer; --tokenizer DIR gives one.")
         elif not Path(folder).is_dir():
             self.notes.append(
-                f"Tokens are shown as ids: the tokenizer folder {folder} is not on this machine; --tokenizer DIR gives one."
+                f"Tokens are shown as ids: the tokenizer {folder} is not on this machine; --tokenizer DIR gives one."
             )
         elif importlib.util.find_spec("transformers") is None:
             self.notes.append("Tokens are shown as ids: transformers is not installed (pip install transformers).")

@@ -1,4 +1,4 @@
-"""Token records as a run would leave them, with everything that can happen to a token, and a browser to open pages in."""
+"""Token records as a run would leave them, with everything that can happen to a token; and where a browser is."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ import pytest
 import torch
 
 from slime_fipo.algorithm import FipoConfig, fipo_weights
-from slime_fipo.records import Fate, StepHeader, TokenRecord, write_step
+from slime_fipo.records import StepHeader, TokenRecord, write_step
+from slime_fipo.records.packed import token_fates
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz ,.;=+0123456789\n"
 CONFIG = FipoConfig.preset("7b")
-_FATE_METRICS = {
-    Fate.CLIPPED_HIGH: "clip_high_frac",
-    Fate.CLIPPED_LOW: "clip_low_frac",
-    Fate.CAPPED: "safety_capped_frac",
-    Fate.EXCLUDED: "excluded_frac",
-    Fate.DROPPED: "dropped_frac",
-    Fate.NONFINITE: "nonfinite_frac",
-}
 
 
 def make_records(
@@ -88,7 +81,7 @@ def weigh(records: list[TokenRecord], config: FipoConfig) -> list[TokenRecord]:
     """The records with F, f and fate as the loss has them."""
     result = python_weights(records, config, torch.float32)
     sizes = np.cumsum([len(record.tokens) for record in records])[:-1]
-    fate = token_fates(records, result)
+    fate = recorded_fates(records, result)
     parts = [
         np.split(values, sizes)
         for values in (result.future_kl.numpy(), result.metrics["influence_weight"].numpy(), fate)
@@ -99,12 +92,10 @@ def weigh(records: list[TokenRecord], config: FipoConfig) -> list[TokenRecord]:
     ]
 
 
-def token_fates(records: list[TokenRecord], result) -> np.ndarray:
+def recorded_fates(records: list[TokenRecord], result) -> np.ndarray:
     """Packed fates of what :func:`python_weights` returned."""
-    fate = np.concatenate([np.where(record.loss_mask, 0, Fate.MASKED) for record in records]).astype(np.uint8)
-    for flag, name in _FATE_METRICS.items():
-        fate |= np.where(result.metrics[name].numpy() != 0, flag, 0).astype(np.uint8)
-    return fate
+    metrics = {name: values.numpy() for name, values in result.metrics.items()}
+    return token_fates(metrics, np.concatenate([record.loss_mask for record in records]))
 
 
 def python_weights(records: list[TokenRecord], config: FipoConfig, dtype: torch.dtype):

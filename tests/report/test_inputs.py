@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ from slime_fipo.cli import app
 from slime_fipo.errors import UserError
 from slime_fipo.records import Fate, StepHeader, read_records
 from slime_fipo.report.command import write_report
-from slime_fipo.report.inputs import read_inputs
+from slime_fipo.report.inputs import DumpOptions, read_inputs
 from slime_fipo.report.selection import extremeness, select
 from slime_fipo.report.statistics import noise, response_row, trend
 from slime_fipo.report.terminal import print_response
 from slime_fipo.report.text import Decoders
 
 from .rig import ALPHABET, CONFIG, make_records, write_rollout
+
+DUMP = Path(__file__).parents[1] / "records" / "dump"
 
 
 def command(*argv) -> tuple[int, str, str]:
@@ -182,3 +185,27 @@ def test_the_terminals_colours_follow_f(folder):
     output = buffer.getvalue()
     assert output.count("48;2;179;88;6m") == 2 and output.count("48;2;33;102;172m") == 2  # the token, and the scale
     assert "clipped at the upper bound" in output and "lower bound" not in output
+
+
+def test_a_dump_of_slimes(tmp_path):
+    code, output, error = command(
+        DUMP, "--use-rollout-logprobs", "--fipo-preset", "7b", "--output", tmp_path / "page.html"
+    )
+    assert code == 0, error
+    assert output.startswith("64 of 64 recorded responses")
+    options = DumpOptions(CONFIG, True)
+    [run] = read_inputs([DUMP], options)
+    assert {record.header.step_id for record in run.records} == {0, 1, 2, 3}
+    assert all(record.influence is not None for record in run.records)
+    [unknown] = read_inputs([DUMP])
+    assert all(record.influence is None for record in unknown.records)
+    assert any("--use-rollout-logprobs" in note for note in unknown.notes)
+    [found] = {noise({0: [r for r in unknown.records if r.header.step_id == 0]}, last=3)["verdict"]}
+    assert found == "unknown"  # the mismatch by itself, and nothing to compare it with
+    code, output, _ = command(DUMP, "--tokens", "0:3", "--use-rollout-logprobs")
+    assert code == 0 and "rollout 0, step" in output
+
+
+def test_an_unknown_preset_is_one_line():
+    code, _, error = command(DUMP, "--fipo-preset", "9b")
+    assert code == 2 and "--fipo-preset '9b' is unknown" in error and len(error.splitlines()) == 1

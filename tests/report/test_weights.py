@@ -15,7 +15,7 @@ from slime_fipo.algorithm.arguments import add_fipo_arguments, fipo_config_from_
 from slime_fipo.records import Fate, StepHeader, write_step
 from slime_fipo.report.command import write_report
 
-from .rig import CONFIG, make_records, python_weights, token_fates
+from .rig import CONFIG, make_records, python_weights, recorded_fates
 
 SETTINGS = 50
 RECOMPUTE = """config => {
@@ -69,7 +69,7 @@ def test_the_pages_weights_equal_pythons(open_page, tmp_path, records):
         wanted = python_weights(order, config, torch.float64)
         np.testing.assert_allclose(found["F"], wanted.future_kl.numpy(), rtol=0, atol=1e-6)
         np.testing.assert_allclose(found["f"], wanted.metrics["influence_weight"].numpy(), rtol=0, atol=1e-6)
-        fates = token_fates(order, wanted)
+        fates = recorded_fates(order, wanted)
         np.testing.assert_array_equal(found["fate"], fates)
         dropped = np.where(np.array(found["fate"]) & Fate.DROPPED, 0, found["f"])
         np.testing.assert_allclose(dropped, wanted.weights.numpy(), rtol=0, atol=1e-6)
@@ -81,7 +81,8 @@ def test_before_is_what_was_recorded(open_page, tmp_path):
     page = open_page(write(tmp_path, make_records(range(4), rare=0.02)))
     difference = page.evaluate("""() => {
       const { F, f } = recompute(null);
-      return [[F, report.arrays.F], [f, report.arrays.f]].map(([a, b]) => Math.max(...a.map((v, t) => Math.abs(v - b[t]))));
+      const largest = (a, b) => a.reduce((size, value, t) => Math.max(size, Math.abs(value - b[t])), 0);
+      return [largest(F, report.arrays.F), largest(f, report.arrays.f)];
     }""")
     assert max(difference) < 2e-6  # the record is float32
 
