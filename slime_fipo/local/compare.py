@@ -18,6 +18,7 @@ from slime_fipo.algorithm import fipo_dests
 
 from .. import files
 from ..errors import OneLineParser, UserError
+from ..report.command import write_report
 from .arguments import flag_of, given_arguments, number, parse_arguments
 from .engine import run
 from .progress import Progress
@@ -135,6 +136,7 @@ def _report(progress: Progress, root: Path, args: argparse.Namespace, curves: di
     progress.console.print(table)
     for name, what in (("compare.png", "picture"), ("compare.md", "this table"), ("compare.json", "every number")):
         progress.say(f"  {what}: {root / name}")
+    progress.say(f"  page to open in a browser: {write_report([root])[0]}")
 
 
 def _draw(path: Path, curves: dict) -> None:

@@ -114,13 +114,13 @@ def _read_dump(path: Path, options: DumpOptions) -> list[Run]:
         )
     if options.use_rollout_logprobs is None:
         run.notes.append(
-            f"{path}: a dump does not say whether the run had --use-rollout-logprobs. Give that flag, and Δ, F and f are"
-            " rebuilt; --no-use-rollout-logprobs gives the mismatch at every step."
+            f"{path}: a dump does not say whether the run had --use-rollout-logprobs. Give that flag, and Δ, F and f"
+            " are rebuilt; --no-use-rollout-logprobs gives the mismatch at every step."
         )
     elif options.use_rollout_logprobs:
         run.notes.append(
-            f"{path}: a dump does not say the FIPO settings. F and f are rebuilt with those of --fipo-preset, or else the"
-            " defaults."
+            f"{path}: a dump does not say the FIPO settings. F and f are rebuilt with those of --fipo-preset, or else"
+            " the defaults."
         )
     return [run]
 

@@ -33,6 +33,7 @@ def test_compare(command, tmp_path):
             deviations = [row.get("fipo/influence_deviation", 0) for row in runs[folder]]
             assert (sum(deviations) > 0) is (arm != "DAPO")
     assert (root / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert str(root / "report.html") in output and (root / "report.html").exists()
     table = (root / "compare.md").read_text()
     for arm, per_seed in numbers["measures"].items():
         assert f"| {arm} | {sum(m['area'] for m in per_seed) / 2:.3f} ±" in table and arm in output

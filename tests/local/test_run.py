@@ -35,7 +35,8 @@ MOMENTS = {
     "training on a rollout": ("training", "apply_gradient", 127, "pass"),
     "between metrics and their checkpoint": ("engine", "save_checkpoint", 4, "pass"),
     "writing a checkpoint": ("checkpoint", "save_file", 4, HALF_A_FILE),
-    "the report": ("engine", "write_picture", 1, "pass"),
+    "the picture": ("engine", "write_picture", 1, "pass"),
+    "the page": ("engine", "write_report", 1, "pass"),
 }
 
 
@@ -61,6 +62,8 @@ def test_what_a_run_leaves_behind_is_what_it_says(undisturbed):
     args = json.loads((directory / "args.json").read_text())
     assert args["args"]["lr"] == 1e-3 and args["fipo"]["decay_rate"] == 32.0
     assert (directory / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert f"page to open in a browser: {directory / 'report.html'}" in output
+    assert (directory / "report.html").read_text().startswith("<!doctype html>")
     assert "progress" not in output and "\r" not in output and "\x1b" not in output
     for line in output.splitlines():
         if str(directory) in line:
@@ -83,6 +86,7 @@ def test_sigkill_and_the_same_command_again(local, undisturbed, tmp_path, moment
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     local("--save", str(tmp_path / "run"))
     assert metrics_without_times(tmp_path / "run") == metrics_without_times(undisturbed[0])
+    assert (tmp_path / "run/report.html").exists()
     for name in ("transcripts/before.jsonl", "transcripts/after.jsonl", "summary.json"):
         assert (tmp_path / "run" / name).read_text() == (undisturbed[0] / name).read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -128,8 +129,9 @@ def write_rollout(folder: Path, rollout: int = 0, *, steps: int = 4, alphabet: s
 
 
 def chromium() -> str:
-    """Path of a Chromium; without one the test is skipped."""
+    """Path of a Chromium; without one the test is skipped, or fails where SLIME_FIPO_REQUIRE_BROWSER is 1 (CI)."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
-        pytest.skip("no Chromium was found; on Debian: apt-get install chromium")
+        missing = pytest.fail if os.environ.get("SLIME_FIPO_REQUIRE_BROWSER") == "1" else pytest.skip
+        missing("no Chromium was found; on Debian: apt-get install chromium")
     return path
