@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.installed-torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo compare test test-slime test-cluster bench bench-gpu lint clean
+.PHONY: help demo compare test test-slime test-cluster bench bench-gpu screenshots lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ bench: $(VENV)/.installed-dev ## the README's figures on cost, on a CPU
 
 bench-gpu: $(VENV)/.installed-dev ## cost on a CUDA device
 	$(BIN)/python -m benchmarks.gpu
+
+screenshots: $(VENV)/.installed-dev demo ## the README's pictures, from the demo's run; needs Chromium
+	$(BIN)/python -m benchmarks.screenshots runs/demo
 
 lint: $(VENV)/.installed-dev ## ruff, as pre-commit runs it
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -51,12 +51,12 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-/** What the page opens with: the newest rollout, and of its last step the response with the largest mean |f − 1|. */
+/** What the page opens with: the newest rollout, and of its last step the response with the largest sum of |f − 1|. */
 function openMostExtreme() {
   if (!report.rollouts.length) return;
   state.rollout = report.rollouts.length - 1;
   const rows = report.rollouts[state.rollout].steps.at(-1).rows.filter((row) => row.page >= 0 && !row.dropped);
-  rows.sort((a, b) => (b.deviation ?? 0) - (a.deviation ?? 0));
+  rows.sort((a, b) => (b.deviation ?? 0) * b.trained - (a.deviation ?? 0) * a.trained);
   if (rows.length) state.response = rows[0].page;
 }
 
