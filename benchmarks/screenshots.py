@@ -21,8 +21,9 @@ MAX_BYTES = 300_000
 # The response with the most clipped weights, under What if.
 OPEN = """() => {
   const clipped = FATE.CLIPPED_HIGH | FATE.CLIPPED_LOW;
-  const marks = report.responses.map(({ start, stop }) => report.arrays.fate.slice(start, stop).filter((x) => x & clipped));
-  state.response = marks.reduce((best, found, i) => (found.length > marks[best].length ? i : best), 0);
+  const count = ({ start, stop }) => report.arrays.fate.slice(start, stop).filter((fate) => fate & clipped).length;
+  const counts = report.responses.map(count);
+  state.response = counts.indexOf(Math.max(...counts));
   go("whatif");
 }"""
 

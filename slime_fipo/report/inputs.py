@@ -5,7 +5,6 @@ A kind is a test of what stands in the folder and a reader; nothing else knows w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +73,7 @@ def _read_run(path: Path, _: DumpOptions, name: str | None = None) -> list[Run]:
 
 
 def _is_comparison(path: Path) -> bool:
-    return any(path.glob(f"seed-*/*/{METRICS_FILE}"))
+    return any(metrics.parent.name != "base" for metrics in path.glob(f"seed-*/*/{METRICS_FILE}"))
 
 
 def _read_comparison(path: Path, options: DumpOptions) -> list[Run]:
@@ -83,14 +82,8 @@ def _read_comparison(path: Path, options: DumpOptions) -> list[Run]:
     for metrics in sorted(path.glob(f"seed-*/*/{METRICS_FILE}")):
         if metrics.parent.name != "base":
             runs += _read_run(metrics.parent, options, f"{metrics.parent.name}, {metrics.parent.parent.name}")
-    planned = path / "compare.json"
-    if not planned.exists():
+    if not (path / "compare.json").exists():
         runs[0].missing.append(f"{path}: compare.json is missing, so the comparison has not finished")
-    else:
-        seeds = max((len(per_seed) for per_seed in json.loads(planned.read_text())["measures"].values()), default=0)
-        present = len({run.name.rsplit(", ", 1)[1] for run in runs})
-        if present < seeds:
-            runs[0].missing.append(f"{path}: compare.json speaks of {seeds} seeds, {present} are here")
     return runs
 
 
@@ -147,11 +140,22 @@ def read_inputs(paths: Sequence[Path], options: DumpOptions = DumpOptions()) -> 
         if kind is None:
             raise UserError(f"{path} is none of these: {_kinds()}")
         found = kind.read(path, options)
+        for run in found:
+            _check_settings(path, run)
         if {run.name for run in found} & {run.name for run in runs}:
             for run in found:
                 run.name = f"{run.name} ({path})"
         runs += found
     return runs
+
+
+def _check_settings(path: Path, run: Run) -> None:
+    """Records carry the settings of whoever wrote them, perhaps a stranger or another version."""
+    for config in {repr(record.header.config): record.header.config for record in run.records}.values():
+        try:
+            FipoConfig(**config)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: the settings in its records are not ones of this slime-fipo ({error})") from None
 
 
 def _kinds() -> str:

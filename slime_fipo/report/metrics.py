@@ -19,7 +19,7 @@ def read_metrics(path: Path) -> list[dict]:
         UserError: a line is not a JSON object; the message names file and line.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -31,9 +31,13 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def series(rows: list[dict], axis: str, name: str) -> tuple[list, list]:
-    """Values of ``axis`` and ``name`` of the rows that have both."""
-    points = [(row[axis], row[name]) for row in rows if axis in row and name in row]
+    """Values of ``axis`` and ``name`` of the rows in which both are numbers."""
+    points = [(row[axis], row[name]) for row in rows if _is_number(row.get(axis)) and _is_number(row.get(name))]
     return [x for x, _ in points], [y for _, y in points]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def eval_name(rows: list[dict]) -> str:

@@ -24,9 +24,10 @@ def extremeness(record: TokenRecord) -> tuple[bool, float]:
     trained = record.loss_mask & record.present
     broken = bool((record.fate & (Fate.DROPPED | Fate.NONFINITE)).any())
     distance = record.influence - 1 if record.influence is not None else record.mismatch
-    if distance is None or not trained.any():
+    if distance is None:
         return broken, 0.0
-    return broken, float(np.abs(np.nan_to_num(distance[trained])).mean())
+    known = np.abs(distance[trained & np.isfinite(distance)])
+    return broken, float(known.mean()) if len(known) else 0.0
 
 
 def select(

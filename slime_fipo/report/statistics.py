@@ -58,7 +58,7 @@ def response_row(record: TokenRecord) -> dict:
         "position": record.position,
         "group": record.group,
         "reward": record.reward if np.isfinite(record.reward) else None,
-        "advantage": mean(record.advantages[trained]),
+        "advantage": mean(values_of(record, "advantages")),
         "length": len(record.tokens),
         "trained": int(trained.sum()),
         "absent": int((~record.present).sum()),

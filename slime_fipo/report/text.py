@@ -156,7 +156,7 @@ class Decoders:
 def _of_alphabet(alphabet: str, token: int) -> Piece:
     if token == 0:
         return Piece(token, "⟨end⟩", SPECIAL)
-    return _piece(token, alphabet[token - 1] if token <= len(alphabet) else "")
+    return _piece(token, alphabet[token - 1] if 0 < token <= len(alphabet) else "")
 
 
 def _of_tokenizer(folder: str) -> Callable[[int], bytes | Piece]:
@@ -170,7 +170,7 @@ def _of_tokenizer(folder: str) -> Callable[[int], bytes | Piece]:
     def raw(token: int) -> bytes | Piece:
         if token in added:
             return Piece(token, visible(added[token]), SPECIAL)
-        piece = tokenizer.convert_ids_to_tokens(token)
+        piece = tokenizer.convert_ids_to_tokens(token) if token >= 0 else None
         if not isinstance(piece, str):
             return Piece(token, f"⟨{token}⟩", SPECIAL)
         if of_bytes and all(c in _BYTE_OF for c in piece):

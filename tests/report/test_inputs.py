@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from slime_fipo.cli import app
 from slime_fipo.errors import UserError
-from slime_fipo.records import Fate, StepHeader, read_records
+from slime_fipo.records import Fate, StepHeader, read_records, write_step
 from slime_fipo.report.command import write_report
 from slime_fipo.report.inputs import DumpOptions, read_inputs
 from slime_fipo.report.selection import extremeness, select
@@ -209,3 +209,39 @@ def test_a_dump_of_slimes(tmp_path):
 def test_an_unknown_preset_is_one_line():
     code, _, error = command(DUMP, "--fipo-preset", "9b")
     assert code == 2 and "--fipo-preset '9b' is unknown" in error and len(error.splitlines()) == 1
+
+
+def test_numbers_that_are_not_numbers_still_make_a_page(tmp_path):
+    """NaN and infinities wherever a loss can leave them, empty and fully masked responses, ids of no token."""
+    records = make_records(range(3), lengths=(5, 9))
+    for record, value in zip(records, [np.nan, np.inf, -np.inf] * 4, strict=True):
+        for name in ("shift", "advantages", "future_kl", "influence", "mismatch"):
+            getattr(record, name)[:3] = value
+        record.reward = value
+        record.tokens[:2] = (-5, 2**31 - 1)
+    for name in ("shift", "advantages", "future_kl", "influence", "mismatch"):
+        getattr(records[4], name)[:] = np.nan
+    records[5].loss_mask[:] = False
+    records[6] = replace(
+        records[6],
+        present=None,
+        **{n: getattr(records[6], n)[:0] for n in ("tokens", "loss_mask", "fate")},
+        **{n: getattr(records[6], n)[:0] for n in ("shift", "advantages", "future_kl", "influence", "mismatch")},
+    )
+    for step in (0, 3):
+        write_step(tmp_path, StepHeader(0, step, 4, CONFIG.as_dict(), "local", alphabet=ALPHABET), records)
+    rows = [
+        {"rollout/step": 0, "rollout/raw_reward": float("nan"), "train/entropy_loss": "high"},
+        {"rollout/step": "0", "rollout/raw_reward": 1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command(tmp_path)[0] == 0
+    (tmp_path / "metrics.jsonl").unlink()
+    assert command(tmp_path)[0] == 0
+    assert command(tmp_path, "--tokens", "0:6")[0] == 0
+
+
+def test_settings_of_no_version_are_one_line(tmp_path):
+    write_step(tmp_path, StepHeader(0, 0, 1, {"decay_rate": -1}, "local"), make_records(range(1)))
+    code, _, error = command(tmp_path)
+    assert code == 2 and "decay_rate is -1" in error and len(error.splitlines()) == 1
