@@ -237,7 +237,11 @@ def trend(run: Run) -> list[dict]:
     """The panels of one run: ``{"title", "series": [{"label", "x", "y"}]}`` over rollouts."""
     rows = run.rows + _rows_of_records(run)
     evaluations = sorted({name for row in rows if "eval/step" in row for name in row if name.count("/") == 1})
-    evaluations = [name for name in evaluations if name.startswith("eval/") and name != "eval/step"]
+    evaluations = [
+        name
+        for name in evaluations
+        if name.startswith("eval/") and name != "eval/step" and not name.endswith("-truncated_ratio")
+    ]
     panels = []
     for title, lines in _PANELS:
         found = []
