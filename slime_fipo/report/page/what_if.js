@@ -155,21 +155,20 @@ function showWhatIf(outputs) {
   outputs.flags.textContent = launchFlags(config).join(" \\\n");
 }
 
-/** The flags that give exactly these settings, whatever preset stands beside them. */
+/** The flags that give exactly these settings, whatever preset stands beside them. Flags without effect are refused. */
 function launchFlags(config) {
   const orNone = (value) => (value === null ? "none" : String(value));
-  const clip = config.clip_influence
-    ? [`--fipo-clip-ratio-low ${config.clip_ratio_low}`, `--fipo-clip-ratio-high ${config.clip_ratio_high}`,
-      config.clip_high_only ? "--fipo-clip-high-only" : "--no-fipo-clip-high-only"]
-    : ["--fipo-unclipped"];
-  return [
-    `--fipo-decay-rate ${config.decay_rate}`,
-    ...clip,
-    `--fipo-safety-thresh ${orNone(config.safety_thresh)}`,
-    `--fipo-dual-clip-c ${orNone(config.dual_clip_c)}`,
-    `--fipo-max-dual-clipped-tokens ${orNone(config.max_dual_clipped_tokens)}`,
-    `--fipo-decay-over ${config.decay_over}`,
-  ];
+  const flags = [`--fipo-decay-rate ${config.decay_rate}`];
+  if (!config.clip_influence) flags.push("--fipo-unclipped");
+  else {
+    flags.push(`--fipo-clip-ratio-high ${config.clip_ratio_high}`);
+    if (config.clip_high_only) flags.push("--fipo-clip-high-only");
+    else flags.push(`--fipo-clip-ratio-low ${config.clip_ratio_low}`, "--no-fipo-clip-high-only");
+  }
+  flags.push(`--fipo-safety-thresh ${orNone(config.safety_thresh)}`, `--fipo-dual-clip-c ${orNone(config.dual_clip_c)}`);
+  if (config.dual_clip_c !== null) flags.push(`--fipo-max-dual-clipped-tokens ${orNone(config.max_dual_clipped_tokens)}`);
+  flags.push(`--fipo-decay-over ${config.decay_over}`);
+  return flags;
 }
 
 // Field, label, limits of the input, whether it can be off, and the value it gets when it is turned on.
