@@ -27,7 +27,7 @@ from .inputs import Run
 from .statistics import PERCENTILES, histograms, noise, response_row, trend
 from .text import Decoders
 
-PAGE = package_files(__package__) / "page"
+ASSETS = package_files(__package__) / "assets"
 # In the order in which the browser runs them; each file says what it needs of those before it.
 SCRIPTS = (
     "weights.js",
@@ -53,11 +53,11 @@ def write_page(
         OSError: the file cannot be written.
     """
     data = _payload(runs, chosen, selection, decoders)
-    scripts = [plotly.offline.get_plotlyjs(), *((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)]
+    scripts = [plotly.offline.get_plotlyjs(), *((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS)]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    html = environment.from_string((PAGE / "page.html.j2").read_text(encoding="utf-8")).render(
+    html = environment.from_string((ASSETS / "page.html.j2").read_text(encoding="utf-8")).render(
         title=", ".join(run.name for run in runs)[:200],
-        style=Markup((PAGE / "style.css").read_text(encoding="utf-8")),
+        style=Markup((ASSETS / "style.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],  # ours and plotly's: no data
         policy=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),
         data=base64.b64encode(gzip.compress(data, 6)).decode(),
