@@ -134,7 +134,8 @@ def test_tokens_say_what_was_recorded(open_page, report_path, records_folder):
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Home")
     page.keyboard.press("m")
-    marked = np.flatnonzero((record.fate[1:] & 0b1001111 != 0) & record.loss_mask[1:]) + 1
+    marks = np.where(record.loss_mask, record.fate & 0b1001111, 0)
+    marked = np.flatnonzero((marks[1:] != 0) & (marks[1:] != marks[:-1])) + 1  # where marks begin or change
     assert readout(page)["token"] == f"{marked[0] + 1} of {len(record.tokens)}"
     page.keyboard.press("ArrowDown")
     below = page.evaluate("state.heatmap.current")

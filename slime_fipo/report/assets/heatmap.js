@@ -222,10 +222,12 @@ class Heatmap {
     return best;
   }
 
+  /** The next token in that direction at which marks begin or change. */
   nextMark(direction) {
     const { start } = this.response, { usable } = report.arrays;
+    const marks = (i) => (i >= 0 && usable[start + i] ? this.fate[start + i] & MARKED : 0);
     for (let i = this.current + direction; i >= 0 && i < this.length; i += direction) {
-      if (usable[start + i] && this.fate[start + i] & MARKED) return i;
+      if (marks(i) && marks(i) !== marks(i - 1)) return i;
     }
     return this.current;
   }
