@@ -18,6 +18,7 @@ from slime_fipo.algorithm import fipo_dests
 
 from .. import files
 from ..errors import OneLineParser, UserError
+from ..records.store import is_record_folder
 from ..report.command import write_report
 from .arguments import flag_of, given_arguments, number, parse_arguments
 from .engine import run
@@ -136,7 +137,8 @@ def _report(progress: Progress, root: Path, args: argparse.Namespace, curves: di
     progress.console.print(table)
     for name, what in (("compare.png", "picture"), ("compare.md", "this table"), ("compare.json", "every number")):
         progress.say(f"  {what}: {root / name}")
-    progress.say(f"  page to open in a browser: {write_report([root])[0]}")
+    records = sorted(filter(is_record_folder, Path(args.fipo_record).glob("seed-*/*"))) if args.fipo_record else []
+    progress.say(f"  page to open in a browser: {write_report([root, *records])[0]}")
 
 
 def _draw(path: Path, curves: dict) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..records.store import is_record_folder
 from ..report.command import REPORT_FILE, write_report
+from ..report.inputs import RECORDS
 from ..report.picture import write_picture
 from ..report.summary import print_summary, summarize
 from .arguments import flag_of, parse_arguments
@@ -264,7 +266,9 @@ def main(argv: list[str]) -> None:
     with Progress() as progress:
         directory = run(args, progress)
     if not (directory.path / REPORT_FILE).exists():
-        write_report([directory.path])
+        own, records = directory.path / RECORDS, args.record and args.record.folder
+        elsewhere = records is not None and records.resolve() != own.resolve() and is_record_folder(records)
+        write_report([directory.path, records] if elsewhere else [directory.path])
     summary = json.loads(directory.summary_file.read_text(encoding="utf-8"))
     print_summary(progress.console, directory.path, summary)
 
