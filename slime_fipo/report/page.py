@@ -60,7 +60,7 @@ def write_page(
         style=Markup((ASSETS / "style.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],  # ours and plotly's: no data
         policy=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),
-        data=base64.b64encode(gzip.compress(data, 6)).decode(),
+        data=base64.b64encode(gzip.compress(data, 6, mtime=0)).decode(),
         version=__version__,
     )
     files.replace(output, lambda temporary: temporary.write_text(html, encoding="utf-8", newline="\n"))

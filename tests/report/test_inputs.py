@@ -245,3 +245,12 @@ def test_settings_of_no_version_are_one_line(tmp_path):
     write_step(tmp_path, StepHeader(0, 0, 1, {"decay_rate": -1}, "local"), make_records(range(1)))
     code, _, error = command(tmp_path)
     assert code == 2 and "decay_rate is -1" in error and len(error.splitlines()) == 1
+
+
+def test_the_same_records_give_the_same_page_byte_for_byte(folder, tmp_path, monkeypatch):
+    pages = []
+    for now in (1e9, 2e9):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        write_report([folder], tmp_path / "page.html", samples=4)
+        pages.append((tmp_path / "page.html").read_bytes())
+    assert pages[0] == pages[1]
