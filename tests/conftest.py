@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -12,6 +13,10 @@ ENABLE = "git clone https://github.com/THUDM/slime, then SLIME_ROOT=that/directo
 # Without a GPU the kernel's tests run in Triton's interpreter, which reads this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No test asserts a time: machines are shared.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
