@@ -126,7 +126,7 @@ def report(
         from .report.command import print_tokens, write_report
         from .report.inputs import DumpOptions
     except ModuleNotFoundError as error:
-        _fail(f"slime-fipo report needs the package {error.name}: pip install 'slime-fipo[report]'")
+        _fail(f"slime-fipo report needs the package {error.name}: pip install '/path/to/slime-fipo[report]'")
     try:
         try:
             config = FipoConfig() if fipo_preset is None else FipoConfig.preset(fipo_preset)
