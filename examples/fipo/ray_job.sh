@@ -55,7 +55,7 @@ no_proxy_with() {
          joined='*'
          break
       fi
-      [[ ",${joined}," == *",${host},"* ]] || joined+="${joined:+,}${host}"
+      [[ -z ${host} || ",${joined}," == *",${host},"* ]] || joined+="${joined:+,}${host}"
    done
    echo "${joined}"
 }

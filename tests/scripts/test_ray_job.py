@@ -57,7 +57,7 @@ def test_every_host_once_and_an_asterisk_alone(lower, upper, separator):
     if "*" in lower + upper:
         assert found == ["*"]
     else:
-        assert len(found) == len(set(found)) and set(found) >= {*lower, *upper, *HERE}
+        assert "" not in found and len(found) == len(set(found)) and set(found) >= {*lower, *upper, *HERE}
 
 
 # -- variables of the submitter's --
