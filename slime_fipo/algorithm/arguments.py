@@ -90,7 +90,7 @@ def add_fipo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--fipo-preset",
         choices=tuple(PRESETS),
         default=None,
-        help="the paper's settings for that model size; flags given beside it win",
+        help="the paper's settings for that model size; flags given with it win",
     )
     for flag, (field, options) in _FIELD_FLAGS.items():
         default = not _DEFAULTS[field] if flag == "--fipo-unclipped" else _DEFAULTS[field]

@@ -1,4 +1,4 @@
-"""A train command as slime would read it, without slime: the flags that ``check.py`` looks at, with slime's defaults,
+"""A train command as slime would read it, without slime: the flags that the rules look at, with slime's defaults,
 and the two files in which a command keeps flags, ``--custom-config-path`` and ``--eval-config``.
 
 slime's real parser needs slime, Megatron and SGLang, and ignores flags that it does not know. This one needs none of
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OneLineParser, UserError
-from ..plugin.arguments import OWN_FLAGS, actor_args, add_arguments
+from ..plugin.arguments import OWN_FLAGS, actor_args, add_arguments, check_stays_on
 from ..plugin.config_files import read_mapping
 from ..plugin.spelling import key_correction, misspelt_flags
 from ..recipes.arguments import add_recipe_arguments
@@ -308,6 +308,7 @@ def _merge_custom_config(args: argparse.Namespace, parser: argparse.ArgumentPars
     except UserError as error:
         yield str(error)
         return
+    loss_type = args.loss_type
     actions = {action.dest: action for action in parser._actions}
     for name, value in data.items():
         action = actions.get(name)
@@ -322,6 +323,10 @@ def _merge_custom_config(args: argparse.Namespace, parser: argparse.ArgumentPars
             yield f"{name} in --custom-config-path {path} is {value!r}; it must be {wanted}"
         else:
             setattr(args, name, value)
+    try:
+        check_stays_on(loss_type, args, f"--custom-config-path {path}")
+    except UserError as error:
+        yield str(error)
 
 
 def _unfit(value: Any, action: argparse.Action) -> str:

@@ -65,12 +65,18 @@ def launcher(command: Command, config: FipoConfig | None) -> Iterator[Finding]:
                 yield error(f"{flag} is not in a slime with FIPO built in, which ignores it silently; drop it")
     elif args.loss_type == "fipo_loss":
         unless = "" if found else ", unless FIPO is built into that slime (slime-fipo patch apply --slime-root PATH)"
-        yield error(f"--loss-type fipo_loss is unknown to {script} alone{unless}; run python3 -m slime_fipo {script} …")
+        yield error(
+            f"--loss-type fipo_loss is unknown to {script} without the launcher{unless}; run python3 -m slime_fipo"
+            f" {script} …"
+        )
     overlong = [flag for flag in command.own_flags if flag.startswith("--overlong-")]
     if overlong and not command.launcher:
         names = " and ".join(flag[2:].replace("-", "_") for flag in overlong)
         run = "" if built_in else f"run python3 -m slime_fipo {script} …, or "
-        yield error(f"{overlong[0]} is ignored by {script} alone; {run}set {names} in the YAML of --custom-config-path")
+        yield error(
+            f"{overlong[0]} is ignored by {script} without the launcher; {run}set {names} in the YAML of"
+            " --custom-config-path"
+        )
 
 
 def asynchrony(command: Command, config: FipoConfig | None) -> Iterator[Finding]:

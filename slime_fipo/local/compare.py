@@ -74,7 +74,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="slime-fipo compare",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="DAPO (policy_loss) against FIPO with the paper's 7B and 32B settings, from the same base models "
-        "with the same budget. Flags of slime-fipo local beside these apply to every run.",
+        "with the same budget. Other flags of slime-fipo local apply to every run.",
     )
     parser.add_argument("--save", default="runs/compare", help="directory of all runs and of the report")
     parser.add_argument("--seeds", type=number(int, 1, 1000), default=3, help="number of seeds")

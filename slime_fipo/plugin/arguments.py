@@ -125,6 +125,21 @@ def uses_fipo(args: argparse.Namespace) -> bool:
     return args.loss_type == "fipo_loss" or by_path
 
 
+def check_stays_on(loss_type: str | None, args: argparse.Namespace, file: str) -> None:
+    """Refuse a YAML file that turns off what the command line turned on.
+
+    Args:
+        loss_type: the command line's.
+        args: with the file's values over the command line's, as slime trains with them.
+        file: its flag and path, for the message.
+    """
+    if loss_type == "fipo_loss" and not uses_fipo(args):
+        raise UserError(
+            f"loss_type: {args.loss_type} in {file} wins over --loss-type fipo_loss and turns FIPO off; drop one of"
+            " the two"
+        )
+
+
 def fipo_settings(args: argparse.Namespace) -> FipoConfig:
     """The effective settings of a namespace as slime's training actors have it, with everything checked that FIPO needs
     of slime's flags.

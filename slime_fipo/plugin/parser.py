@@ -25,6 +25,7 @@ from .arguments import (
     actor_args,
     add_arguments,
     check_keys,
+    check_stays_on,
     check_values,
     fipo_settings,
     translate,
@@ -116,7 +117,9 @@ def _check_before_slime(arguments: Sequence[str]) -> None:
     loss_type = data.get("loss_type", given.loss_type)
     if names_fipo(loss_type) and loss_type != "fipo_loss":
         raise UserError(f"--loss-type is {loss_type}; use {TURN_ON}")
-    if uses_fipo(argparse.Namespace(**{**vars(given), **data})):
+    merged = argparse.Namespace(**{**vars(given), **data})
+    check_stays_on(given.loss_type, merged, f"{CUSTOM_CONFIG} {path}")
+    if uses_fipo(merged):
         sizes = {dest_of(flag): getattr(given, dest_of(flag)) for flag in _SIZES}
         check_values({name: _whole(text) for name, text in sizes.items()})
         check_values(data, [f"{CUSTOM_CONFIG} {path}"])

@@ -50,11 +50,11 @@ def apply(slime_root: SlimeRoot) -> None:
 
 @app.command()
 def revert(slime_root: SlimeRoot) -> None:
-    """Take the patches out of the working tree again."""
+    """Take the patch out of the working tree again."""
     _change(slime_root, "reverted", "--reverse")
 
 
 @app.command()
 def check(slime_root: SlimeRoot) -> None:
-    """Say which series apply would use; change nothing."""
+    """Say which patch would be applied; change nothing."""
     typer.echo(f"{_fitting_base(slime_root).name} fits {slime_root}")

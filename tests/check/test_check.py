@@ -278,6 +278,13 @@ BROKEN = {
         flag("--custom-config-path", "FILE:c.yaml"),
         write={"c.yaml": "lr: 1e-6\n"},
     ),
+    "a loss in the YAML that turns FIPO off": Broken(
+        "loss_type: policy_loss in --custom-config-path",
+        "wins over --loss-type fipo_loss and turns FIPO off; drop one of the two",
+        flag("--custom-config-path", "FILE:c.yaml"),
+        tuple(f"--fipo-{x}" for x in ("decay-rate", "clip-ratio-low", "clip-ratio-high", "safety-thresh", "dual-clip-c")),
+        write={"c.yaml": "loss_type: policy_loss\n"},
+    ),
     "YAML missing": Broken("--custom-config-path", "check the path", flag("--custom-config-path", "FILE:no.yaml")),
     "YAML without a mapping": Broken(
         "--custom-config-path",
@@ -542,7 +549,8 @@ def test_a_slime_with_fipo_built_in(sane, tmp_path):
     script.touch()
     unpatched = messages([*plain, *arguments])
     assert unpatched == [
-        f"error: --loss-type fipo_loss is unknown to {script} alone; run python3 -m slime_fipo {script} …"
+        f"error: --loss-type fipo_loss is unknown to {script} without the launcher;"
+        f" run python3 -m slime_fipo {script} …"
     ]
     assert messages([*launched, *arguments]) == []
 

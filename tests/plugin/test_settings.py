@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,7 @@ from slime_fipo.plugin.arguments import (
     translate,
 )
 from slime_fipo.plugin.config_files import with_overrides
+from slime_fipo.plugin.parser import _check_before_slime
 from slime_fipo.plugin.values import require_boolean, require_count, require_number
 
 SLIME = dict(
@@ -275,6 +277,27 @@ def test_what_the_launcher_checked_is_what_the_actor_computes_with(flags, overri
 def test_translated_presets_can_be_read_again(preset):
     args = slime_args(fipo_preset=preset)
     assert translate(args) == fipo_settings(args) == FipoConfig.preset(preset)
+
+
+@pytest.mark.parametrize("value", ["policy_loss", "custom_loss", "sft_loss", None])
+def test_the_custom_config_does_not_turn_fipo_off(value, tmp_path):
+    """slime puts the file's ``loss_type`` over the command line's; the launcher and check say so beforehand."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"loss_type": value}))
+    words = ["--loss-type", "fipo_loss", "--custom-config-path", str(path)]
+    says = rf"loss_type: {value} in --custom-config-path {path} wins over --loss-type fipo_loss and turns FIPO off"
+    with pytest.raises(UserError, match=says):
+        _check_before_slime(words)
+    if value is not None:  # which check reports as no value of the flag
+        assert any(re.match(says, error) for error in parse_command(words).errors)
+
+
+def test_the_custom_config_may_name_fipo_by_its_path(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"loss_type": "custom_loss", "custom_loss_function_path": LOSS_PATH}))
+    words = ["--loss-type", "fipo_loss", "--custom-config-path", str(path)]
+    _check_before_slime(words)
+    assert parse_command(words).errors == ()
 
 
 @pytest.mark.parametrize("value", ["fipo_loss", "policy_loss", "custom_loss", "sft_loss"])

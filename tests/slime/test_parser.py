@@ -131,6 +131,10 @@ LAUNCHER_ERRORS = {
         "fipo.yaml needs --loss-type fipo_loss; it is policy_loss",
     ),
     "role_missing": ([*BATCH, *FIPO, "--megatron-config-path", "missing.yaml"], "missing.yaml cannot be read"),
+    "yaml_policy_loss": (
+        [*BATCH, *FIPO, "--custom-config-path", "plain.yaml"],
+        "plain.yaml wins over --loss-type fipo_loss and turns FIPO off",
+    ),
     "role_policy_loss": ([*BATCH, *FIPO, "--megatron-config-path", "policy.yaml"], "loss_type of the actor in "),
     "role_fipo_loss": (
         [*BATCH, "--megatron-config-path", "fipo_loss.yaml"],
@@ -143,6 +147,7 @@ YAML = {
     "list.yaml": "fipo_decay_rate: [3]",
     "text.yaml": "eps_clip_high: 28e-2",
     "batch.yaml": 'global_batch_size: "8"',
+    "plain.yaml": "loss_type: policy_loss\n",
     "policy.yaml": "megatron: [{role: actor, overrides: {loss_type: policy_loss}}]",
     "fipo_loss.yaml": "megatron: [{role: actor, overrides: {loss_type: fipo_loss}}]",
     "gspo.yaml": "megatron: [{role: actor, overrides: {advantage_estimator: gspo}}]",
