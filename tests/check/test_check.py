@@ -282,8 +282,13 @@ BROKEN = {
         "loss_type: policy_loss in --custom-config-path",
         "wins over --loss-type fipo_loss and turns FIPO off; drop one of the two",
         flag("--custom-config-path", "FILE:c.yaml"),
-        ("--fipo-decay-rate", "--fipo-clip-ratio-low", "--fipo-clip-ratio-high", "--fipo-safety-thresh")
-        + ("--fipo-dual-clip-c",),
+        (
+            "--fipo-decay-rate",
+            "--fipo-clip-ratio-low",
+            "--fipo-clip-ratio-high",
+            "--fipo-safety-thresh",
+            "--fipo-dual-clip-c",
+        ),
         write={"c.yaml": "loss_type: policy_loss\n"},
     ),
     "YAML missing": Broken("--custom-config-path", "check the path", flag("--custom-config-path", "FILE:no.yaml")),
