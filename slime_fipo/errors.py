@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+
+_UNKNOWN = "unrecognized arguments: "
 
 
 class UserError(ValueError):
@@ -16,4 +19,8 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str):
+        if message.startswith(_UNKNOWN):
+            flag = message.removeprefix(_UNKNOWN).partition(" ")[0].partition("=")[0]
+            close = difflib.get_close_matches(flag.lower().replace("_", "-"), self._option_string_actions, 1, 0.8)
+            message += f"; did you mean {close[0]}?" if close else "; --help lists the flags"
         raise UserError(message)

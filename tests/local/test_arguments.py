@@ -151,6 +151,21 @@ def test_given_arguments_sees_every_spelling():
     assert given_arguments([]) == {}
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("--fipo_decay_rate", "did you mean --fipo-decay-rate?"),
+        ("--num-rollouts=3", "did you mean --num-rollout?"),
+        ("--nonsense", "--help lists the flags"),
+        ("word", "--help lists the flags"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_named_with_what_to_write(given, says):
+    with pytest.raises(UserError) as refusal:
+        parse_arguments([given])
+    assert str(refusal.value) == f"unrecognized arguments: {given}; {says}"
+
+
 @pytest.mark.parametrize("name", ["step", "", "a/step", "a\nb", "\x1b[31m", "\udcff"])
 def test_names_that_no_metric_can_have(name):
     with pytest.raises(UserError, match="not a name for metrics"):
