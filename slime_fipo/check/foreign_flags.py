@@ -1,6 +1,7 @@
 """Flags of other RL frameworks (verl, TRL, ms-swift, OpenRLHF) that slime's parser ignores, and slime's way to say it.
 
 Other spellings of FIPO's flags are not listed here; nor is a name that slime, Megatron-LM or SGLang know.
+SGLang's flags may be abbreviated in slime, so ``--sglang-mem-fraction`` works and is not listed either.
 """
 
 from __future__ import annotations
