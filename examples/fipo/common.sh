@@ -74,7 +74,7 @@ require_checkouts() {
       exit 2
    fi
    missing="$(python3 -c 'import sys; from importlib.util import find_spec as found; print(*(m for m in sys.argv[1:] if not found(m)))' \
-      torch numpy yaml safetensors typer rich)"
+      torch numpy yaml safetensors jinja2 typer rich)"
    if [[ -n ${missing} ]]; then
       echo "$(command -v python3) has no ${missing// /, }: pip install ${FIPO_DIR}" >&2
       exit 2

@@ -177,7 +177,7 @@ def test_a_missing_checkout_is_one_line(script, variable, message, tmp_path):
 @pytest.mark.parametrize("script", LAUNCH_SCRIPTS, ids=lambda s: s.stem)
 def test_a_python_without_our_packages_is_one_line(script, tmp_path):
     said = run_lacking(script, machine(tmp_path, python_flags="-S"), tmp_path)
-    assert f"/bin/python3 has no torch, numpy, yaml, safetensors, typer, rich: pip install {ROOT}\n" in said
+    assert f"/bin/python3 has no torch, numpy, yaml, safetensors, jinja2, typer, rich: pip install {ROOT}\n" in said
     assert said.count("\n") == 1
 
 
@@ -185,7 +185,7 @@ def test_the_packages_that_are_looked_for_are_the_projects():
     declared = re.search(
         r"^dependencies = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
     )[1]
-    names = {re.split("[^a-z-]", word)[0] for word in re.findall('"(.*?)"', declared)}
+    names = {re.split("[^a-z0-9-]", word)[0] for word in re.findall('"(.*?)"', declared)}
     looked_for = re.search(r"found\(m\)\)\)' \\\n +(.*?)\)\"", (EXAMPLES / "common.sh").read_text())[1].split()
     assert {{"yaml": "pyyaml"}.get(name, name.replace("_", "-")) for name in looked_for} == names
 

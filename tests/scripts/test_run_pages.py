@@ -203,7 +203,7 @@ def test_the_cost_in_slimes_loss_is_one_figure():
         for line in re.split(r"\n\n|\n\|", text):
             if "benchmarks.slime_loss" in line or "loss_function`, 8,192" in line:
                 told |= {(path, figure): line for figure in re.findall(r"([\d.]+) ?%", line)}
-    assert {figure for _, figure in told} == {"0.16"} and len(told) >= 3, told
+    assert {figure for _, figure in told} == {"0.16"} and len(told) >= 2, told
 
 
 def test_every_flag_in_a_command_of_ours_is_in_a_table():
