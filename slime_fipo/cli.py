@@ -104,6 +104,7 @@ def check(
 
 @app.command()
 def report(
+    context: typer.Context,
     paths: Annotated[
         list[Path], typer.Argument(help="run directories, slime-fipo compare, token records, slime's --dump-details")
     ],
@@ -134,6 +135,9 @@ def report(
             raise UserError(f"--fipo-{error}") from None
         dumps = DumpOptions(config, use_rollout_logprobs, tuple(rollout or ()))
         if tokens is not None:
+            for name in ("output", "samples", "rollout", "group"):
+                if context.get_parameter_source(name).name != "DEFAULT":
+                    raise UserError(f"--{name} has no effect with --tokens ROLLOUT:POSITION; drop one of them")
             print_tokens(paths, tokens, tokenizer, dumps)
         else:
             path, sentence = write_report(paths, output, samples, rollout or (), group or (), tokenizer, dumps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from ..errors import UserError
 from .inputs import DumpOptions, read_inputs
 from .page import write_page
 from .selection import select
-from .terminal import find_response, print_response
+from .terminal import find_response, parse_sample, print_response
 from .text import Decoders
 
 REPORT_FILE = "report.html"
@@ -44,11 +45,12 @@ def write_report(
     """
     if samples < 0:
         raise UserError(f"--samples is {samples}; it must be at least 0")
+    decoders = Decoders(tokenizer)
     runs = read_inputs(paths, dumps)
     chosen, sentence = select(runs, samples, rollouts, groups)
     output = output if output is not None else paths[0] / REPORT_FILE
     try:
-        write_page(output, runs, chosen, sentence, Decoders(tokenizer))
+        write_page(output, runs, chosen, sentence, decoders)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror or error}); choose another --output") from None
     return output, sentence
@@ -65,5 +67,9 @@ def print_tokens(
     Raises:
         UserError: as :func:`write_report`, or ``sample`` was not recorded.
     """
+    decoders = Decoders(tokenizer)
+    rollout, _ = parse_sample(sample)
+    if rollout is not None:
+        dumps = replace(dumps, rollouts=(rollout,))
     record = find_response(read_inputs(paths, dumps), sample)
-    print_response(Console(highlight=False), record, Decoders(tokenizer))
+    print_response(Console(highlight=False), record, decoders)

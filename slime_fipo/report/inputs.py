@@ -134,6 +134,8 @@ def read_inputs(paths: Sequence[Path], options: DumpOptions = DumpOptions()) -> 
     """
     runs = []
     for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give {_kinds()}")
         if not path.is_dir():
             raise UserError(f"{path} is not a folder; give {_kinds()}")
         kind = next((kind for kind in KINDS if kind.matches(path)), None)

@@ -62,7 +62,7 @@ def select(
     if limits:
         sentence += f" ({' and '.join(limits)})"
     if len(chosen) < len(asked):
-        sentence += ": of every recorded step the groups with the largest |f − 1|"
+        sentence += ": of every recorded step the groups with the largest |f − 1|" if chosen else ""
         sentence += ". --samples, --rollout and --group choose others"
     return chosen, sentence + "."
 

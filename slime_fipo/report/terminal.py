@@ -25,16 +25,25 @@ _MARKS = (
 )
 
 
-def find_response(runs: list[Run], sample: str) -> TokenRecord:
-    """The record that ``sample`` names: ``POSITION`` or ``ROLLOUT:POSITION``; of several steps the last one.
+def parse_sample(sample: str) -> tuple[int | None, int]:
+    """Rollout, if it is named, and position of ``POSITION`` or ``ROLLOUT:POSITION``.
 
     Raises:
-        UserError: nothing was recorded there.
+        UserError: ``sample`` is neither.
     """
     match = re.fullmatch(r"(?:(\d+):)?(\d+)", sample)
     if match is None:
         raise UserError(f"--tokens {sample}: give POSITION or ROLLOUT:POSITION, as in 10:3")
-    rollout, position = match[1] and int(match[1]), int(match[2])
+    return match[1] and int(match[1]), int(match[2])
+
+
+def find_response(runs: list[Run], sample: str) -> TokenRecord:
+    """The record that ``sample`` names as in :func:`parse_sample`; of several rollouts and steps the last one.
+
+    Raises:
+        UserError: nothing was recorded there.
+    """
+    rollout, position = parse_sample(sample)
     records = [record for run in runs for record in run.records]
     if not records:
         raise UserError("--tokens needs token records, and none were found in these paths")
@@ -68,9 +77,11 @@ def print_response(console: Console, record: TokenRecord, decoders: Decoders) ->
         "mean f": row["f"],
         "min f": row["f_min"],
         "max f": row["f_max"],
-        "clipped": row["clipped"],
     }
-    console.print("  ".join(f"{name} {value:.4g}" for name, value in facts.items() if value is not None), markup=False)
+    shown = [f"{name} {value:.4g}" for name, value in facts.items() if value is not None]
+    if row["clipped"] is not None:
+        shown.append(f"clipped {row['clipped']:.1%}")
+    console.print("  ".join(shown), markup=False)
     if row["dropped"]:
         console.print("dropped by the sequence filter: its loss is 0", markup=False)
     decoder = decoders.of(header)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import UserError
 from ..records import StepHeader
 
 TEXT, CONTINUATION, SPECIAL = 0, 1, 2  # kinds of piece
@@ -119,9 +120,14 @@ class Decoders:
 
     Args:
         tokenizer: a folder that wins over what the headers name.
+
+    Raises:
+        UserError: ``tokenizer`` is not a folder.
     """
 
     def __init__(self, tokenizer: Path | None = None):
+        if tokenizer is not None and not tokenizer.is_dir():
+            raise UserError(f"--tokenizer {tokenizer} is not a folder; give the folder of the checkpoint's tokenizer")
         self._override = tokenizer
         self._known: dict = {}
         self.notes: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def test_the_command_writes_the_page_and_prints_its_path(folder, tmp_path):
     ("make", "says"),
     [
         (lambda path: None, "is none of these: a run directory of slime-fipo local"),
-        (lambda path: path.rmdir(), "is not a folder"),
+        (lambda path: path.rmdir(), "does not exist"),
+        (lambda path: (path.rmdir(), path.write_text("")), "is not a folder"),
         (
             lambda path: (path / "metrics.jsonl").write_text("{}\nnot json\n"),
             "metrics.jsonl, line 2 is not a JSON object",
@@ -87,6 +89,12 @@ def truncated(path) -> None:
         (["--tokens", "99"], "no response at position 99"),
         (["--tokens", "first"], "give POSITION or ROLLOUT:POSITION"),
         (["--output", "/proc/none/page.html"], "/proc/none/page.html cannot be written"),
+        (["--tokenizer", "/nowhere"], "--tokenizer /nowhere is not a folder"),
+        (["--tokens", "10:25", "--tokenizer", "/nowhere"], "--tokenizer /nowhere is not a folder"),
+        (["--tokens", "10:25", "--output", "page.html"], "--output has no effect with --tokens"),
+        (["--tokens", "10:25", "--samples", "64"], "--samples has no effect with --tokens"),
+        (["--tokens", "25", "--rollout", "10"], "--rollout has no effect with --tokens"),
+        (["--tokens", "25", "--group", "6"], "--group has no effect with --tokens"),
     ],
 )
 def test_a_bad_flag_is_one_line(folder, flags, says):
@@ -164,6 +172,7 @@ def test_a_response_on_the_terminal(folder):
     record = next(r for r in read_records(folder).records if r.header.rollout_id == 10 and r.position == 25)
     lines = output.splitlines()
     assert lines[0] == "rollout 10, step 3 of 4, position 25, group 6"
+    assert f"clipped {response_row(record)['clipped']:.1%}" in output
     assert f"mean f {record.influence[record.loss_mask].mean():.4g}" in lines[1]
     plain = "".join(ALPHABET[t - 1] for t in record.tokens).replace("\n", "")
     body = "".join(lines[2:-1]).split("colour:")[0]
@@ -204,6 +213,22 @@ def test_a_dump_of_slimes(tmp_path):
     assert found == "unknown"  # the mismatch by itself, and nothing to compare it with
     code, output, _ = command(DUMP, "--tokens", "0:3", "--use-rollout-logprobs")
     assert code == 0 and "rollout 0, step" in output
+
+
+def test_tokens_of_any_rollout_of_a_dump(tmp_path):
+    """A page reads a dump's first and newest rollout by default; --tokens reads the one that it names."""
+    for part in ("train_data", "rollout_data"):
+        (tmp_path / part).mkdir()
+        for rollout in range(3):
+            shutil.copy(DUMP / part / "0.pt", tmp_path / part / f"{rollout}.pt")
+    code, output, error = command(tmp_path, "--tokens", "1:3")
+    assert code == 0, error
+    assert output.startswith("rollout 1, step")
+
+
+def test_a_page_of_no_responses_does_not_say_how_they_were_chosen(folder):
+    _, sentence = select(read_inputs([folder]), 0)
+    assert sentence.startswith("0 of 32 recorded responses") and "largest" not in sentence
 
 
 def test_an_unknown_preset_is_one_line():

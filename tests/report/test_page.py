@@ -128,9 +128,9 @@ def test_tokens_say_what_was_recorded(open_page, report_path, records_folder):
     for i in range(3):
         shown = readout(page)
         assert shown["token"] == f"{i + 1} of {len(record.tokens)}"
-        assert as_number(shown["F"]) == pytest.approx(record.future_kl[i], abs=1e-4)
+        assert as_number(shown["F (nats)"]) == pytest.approx(record.future_kl[i], abs=1e-4)
         assert as_number(shown["f"]) == pytest.approx(record.influence[i], abs=1e-4)
-        assert as_number(shown["mismatch"]) == pytest.approx(record.mismatch[i], abs=1e-4)
+        assert as_number(shown["mismatch (nats)"]) == pytest.approx(record.mismatch[i], abs=1e-4)
         page.keyboard.press("ArrowRight")
     page.keyboard.press("Home")
     page.keyboard.press("m")
@@ -266,16 +266,54 @@ def test_records_without_a_shift_show_the_mismatch(open_page, tmp_path):
     write_step(tmp_path, StepHeader(0, 0, 1, CONFIG.as_dict(), "slime dump", alphabet=ALPHABET), records)
     page = open_page(write_report([tmp_path])[0], "#response/0")
     assert "Δ, F and f are not known" in page.locator("#view").inner_text()
-    assert set(readout(page)) >= {"A", "mismatch"} and "F" not in readout(page)
+    assert set(readout(page)) >= {"A", "mismatch (nats)"} and "F (nats)" not in readout(page)
     assert page.locator(".tokens .p8, .tokens .n8").count() + page.locator(".tokens .p4, .tokens .n4").count() > 0
     for view in VIEWS:
         go(page, view)
         page.wait_for_timeout(30)
+        assert not re.search(r"\b(null|undefined|NaN)\b", page.locator("#view").inner_text()), view
+
+
+def test_records_without_shift_and_mismatch_show_the_advantage(open_page, tmp_path):
+    for step in (0, 3):
+        unknown = {"future_kl": None, "influence": None, "mismatch": None}
+        records = [replace(r, shift=r.shift * 0, **unknown) for r in make_records(range(step, step + 1), rare=0)]
+        write_step(tmp_path, StepHeader(0, step, 4, CONFIG.as_dict(), "slime dump", alphabet=ALPHABET), records)
+    page = open_page(write_report([tmp_path])[0], "#response/0")
+    page.evaluate("() => { CanvasRenderingContext2D.prototype.fillText = (text) => (window.drawn ??= []).push(text); }")
+    page.evaluate("state.heatmap.drawStrip()")
+    assert [text.split(":")[0] for text in page.evaluate("drawn")] == ["A"]
+    assert "First and last step" not in page.locator("#view").inner_text()  # their distributions are not known
+    go(page, "rollout")
+    assert "shift not known" in page.locator("#view").inner_text()
+
+
+def test_trend_legends_do_not_cover_titles(open_page, tmp_path):
+    for name in ("one run", "another run", "a third run with a long name"):
+        write_rollout(tmp_path / name)
+    paths = [tmp_path / name for name in ("one run", "another run", "a third run with a long name")]
+    for chosen in (paths[:1], paths):
+        path = write_report(chosen, tmp_path / "page.html")[0]
+        for width in (390, 1280):
+            page = open_page(path, viewport={"width": width, "height": 800})
+            page.locator(".groups .traces").first.wait_for(state="attached")
+            boxes = "(all) => Array.from(document.querySelectorAll(all), (e) => e.getBoundingClientRect().toJSON())"
+            titles, legends = (page.evaluate(boxes, name) for name in (".annotation-text", ".groups .traces"))
+            assert titles and legends
+            for title in titles:
+                for entry in legends:
+                    apart = (
+                        entry["bottom"] <= title["top"] + 3
+                        or entry["top"] >= title["bottom"] - 3
+                        or entry["left"] >= title["right"]
+                    )
+                    assert apart, (width, len(chosen), title, entry)
 
 
 def test_a_page_without_records(open_page, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"rollout/step": 0, "rollout/raw_reward": 0.5}\n')
     page = open_page(write_report([tmp_path])[0])
+    assert "null" not in page.locator("#view").inner_text()
     for view in VIEWS[1:-1]:
         go(page, view)
         assert "No token records were found" in page.locator("#view").inner_text()

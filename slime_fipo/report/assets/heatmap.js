@@ -4,10 +4,10 @@
 
 const QUANTITIES = {
   f: { label: "f, influence weight", centre: 1, needs: "known" },
-  F: { label: "F, Future-KL", centre: 0, needs: "known" },
-  shift: { label: "Δ, shift", centre: 0, needs: "known" },
+  F: { label: "F, Future-KL (nats)", centre: 0, needs: "known" },
+  shift: { label: "Δ, shift (nats)", centre: 0, needs: "known" },
   advantages: { label: "A, advantage", centre: 0, needs: null },
-  mismatch: { label: "mismatch of the engines", centre: 0, needs: "mismatch" },
+  mismatch: { label: "mismatch of the engines (nats)", centre: 0, needs: "mismatch" },
 };
 const LEVELS = 8; // of colour, on each side of the centre
 const MARKS = [
@@ -261,11 +261,11 @@ class Heatmap {
     if (!(arrays.flags[t] & 512)) entries.push(["", "missing: no file holds it"]);
     else {
       if (this.response.known) {
-        entries.push(["Δ", signed(arrays.shift[t])], ["ratio", number(Math.exp(arrays.shift[t]))],
-          ["F", signed(this.values.F[t])], ["f", number(this.values.f[t], 4)]);
+        entries.push(["Δ (nats)", signed(arrays.shift[t])], ["ratio", number(Math.exp(arrays.shift[t]))],
+          ["F (nats)", signed(this.values.F[t])], ["f", number(this.values.f[t], 4)]);
       }
       entries.push(["A", signed(arrays.advantages[t])]);
-      if (this.response.mismatch) entries.push(["mismatch", signed(arrays.mismatch[t])]);
+      if (this.response.mismatch) entries.push(["mismatch (nats)", signed(arrays.mismatch[t])]);
       const fates = MARKS.filter(([bit]) => this.fate[t] & bit).map(([, , meaning]) => meaning.split(":")[0]);
       if (this.fate[t] & FATE.DROPPED) fates.push("dropped");
       entries.push(["fate", fates.join(", ") || "weighted"]);
@@ -294,11 +294,12 @@ class Heatmap {
     context.fillStyle = cssVariable("--window");
     context.fillRect((from / length) * width, 0, Math.max(2, ((to - from) / length) * width), height);
 
-    const bands = this.response.known ? ["F", "f"] : ["mismatch"];
-    const bandHeight = height / bands.length;
+    const bands = this.response.known ? ["F", "f"] : [this.available("mismatch") ? "mismatch" : "advantages"];
+    const bandHeight = height / bands.length, labels = [];
     bands.forEach((name, index) => {
       const values = this.values[name], { centre } = QUANTITIES[name], top = index * bandHeight;
       const limit = name === "f" ? Math.max(this.bounds[1] - 1, 1 - this.bounds[0], 0.01) * 1.1 : this.largest(values, centre);
+      labels.push(`${name === "advantages" ? "A" : name}: ${number(centre - limit, 2)} to ${number(centre + limit, 2)}${name === "F" || name === "mismatch" ? " nats" : ""}`);
       const y = (value) => top + bandHeight / 2 - (Math.min(1, Math.max(-1, (value - centre) / limit)) * (bandHeight - 6)) / 2;
       context.strokeStyle = line;
       context.beginPath();
@@ -324,12 +325,17 @@ class Heatmap {
           context.fillRect(column, zero, 1, y(low) - zero);
         }
       }
-      context.fillStyle = text;
-      context.font = "11px system-ui, sans-serif";
-      context.fillText(`${name === "mismatch" ? "mismatch" : name}  ±${number(limit, 2)}`, 4, top + 12);
     });
     context.fillStyle = cssVariable("--text");
     context.fillRect(((this.current + 0.5) / length) * width - 0.75, 0, 1.5, height);
+    context.font = "11px system-ui, sans-serif";
+    labels.forEach((label, index) => {
+      const top = index * bandHeight;
+      context.fillStyle = cssVariable("--panel");
+      context.fillRect(1, top + 1, context.measureText(label).width + 8, 15);
+      context.fillStyle = text;
+      context.fillText(label, 5, top + 12);
+    });
   }
 
   largest(values, centre) {

@@ -29,7 +29,7 @@ const noiseView = {
       if (newest.noise.histogram) container.append(noiseHistogram(newest));
     }
     container.append(h("h2", {}, "All recorded rollouts"), table(
-      ["rollout", "mean |mismatch|", "mean mismatch", "mean |F| of the mismatch", "mean |F|, last step", "ratio", "weights it would clip", "clipped, last step", "verdict"],
+      ["rollout", "mean |mismatch| (nats)", "mean mismatch (nats)", "mean |F| of the mismatch (nats)", "mean |F|, last step (nats)", "ratio", "weights it would clip", "clipped, last step", "verdict"],
       judged.map(({ noise, ...rollout }) => [rolloutName(rollout), number(noise.mismatch, 4), number(noise.bias, 4), number(noise.noise, 4), number(noise.final, 4),
         number(noise.ratio, 2), percent(noise.noise_clipped), percent(noise.final_clipped), VERDICT_WORDS[noise.verdict]])));
   },
@@ -49,7 +49,7 @@ function verdict(rollout) {
   const box = h("section", { class: `verdict ${noise.verdict}` }, h("h2", {}, VERDICTS[noise.verdict]));
   const compared = noise.final === null ? "" : `, ${number(noise.ratio, 2)} times the ${number(noise.final, 4)} of the last step`;
   box.append(h("p", {}, `${rolloutName(rollout)}: trainer and rollout engine differ by ${number(noise.mismatch, 4)} nats a token on average. `
-    + `By itself that gives a mean |F| of ${number(noise.noise, 4)}${compared}, and would clip ${percent(noise.noise_clipped)} of the weights.`));
+    + `By itself that gives a mean |F| of ${number(noise.noise, 4)} nats${compared}, and would clip ${percent(noise.noise_clipped)} of the weights.`));
   if (noise.verdict === "none") {
     box.append(h("p", {}, "Δ is measured from the trainer's own log-probs, so F is the policy's drift. The numbers say what the rollout engine's log-probs would add."));
   }

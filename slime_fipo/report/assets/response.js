@@ -41,7 +41,7 @@ const responseView = {
         h("section", {}, h("h2", {}, stepTitle(rollout, response)), main.element),
         h("section", {}, h("h2", {}, stepTitle(rollout, other.response), other.same ? "" : `: response ${other.response.position} of the same group`), second.element)));
     } else {
-      container.append(h("section", {}, h("h2", {}, stepTitle(rollout, response)), main.element), stepsBeside(rollout));
+      container.append(h("section", {}, h("h2", {}, stepTitle(rollout, response)), main.element), ...stepsBeside(rollout));
     }
     for (const heatmap of both) heatmap.quantity = state.quantity;
     main.show(response, recordedWeights());
@@ -65,7 +65,7 @@ function responseFacts(response) {
   const row = rowOf(response);
   const facts = [["reward", number(row.reward)], ["A", number(row.advantage)], ["tokens", number(row.length)], ["trained", number(row.trained)]];
   if (response.known) {
-    facts.push(["mean f", number(row.f, 4)], ["f", `${number(row.f_min)} to ${number(row.f_max)}`], ["mean |F|", number(row.future_kl)],
+    facts.push(["mean f", number(row.f, 4)], ["f", `${number(row.f_min)} to ${number(row.f_max)}`], ["mean |F|", `${number(row.future_kl)} nats`],
       ["clipped", percent(row.clipped)], ["excluded", percent(row.excluded)]);
   }
   const shown = facts.flatMap(([name, value]) => [h("span", { class: "fact" }, h("b", {}, name), ` ${value}`)]);
@@ -87,7 +87,7 @@ function counterpart(response) {
 /** Where first and last step share no group: the distributions of both. */
 function stepsBeside(rollout) {
   const steps = rollout.steps.map(({ step }) => step);
-  if (steps.length < 2) return null;
+  if (steps.length < 2 || !rollout.histograms.future_kl) return [];
   const section = h("section", {}, h("h2", {}, "First and last step of this rollout"),
     h("p", { class: "muted" }, "They trained on different groups, so the distributions over all recorded tokens are compared."));
   const grid = h("div", { class: "grid two" });
@@ -104,5 +104,5 @@ function stepsBeside(rollout) {
     requestAnimationFrame(() => drawHistogram(chart, QUANTITY_TITLES[quantity], histogram.edges, series));
   }
   section.append(grid);
-  return section;
+  return [section];
 }

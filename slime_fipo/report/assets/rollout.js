@@ -12,7 +12,7 @@ const COLUMNS = [
   ["f", "mean f", (value) => number(value, 4)],
   ["f_min", "min f", number],
   ["f_max", "max f", number],
-  ["future_kl", "mean |F|", number],
+  ["future_kl", "mean |F| (nats)", number],
   ["clipped", "clipped", percent],
   ["capped", "capped", percent],
   ["excluded", "excluded", percent],
@@ -68,7 +68,7 @@ function stepName({ steps_per_rollout: steps }, step) {
 function rolloutFacts(rollout, rows) {
   const parts = [`${plural(rows.length, "response")} recorded`];
   if (rollout.samples) parts[0] += ` of the rollout's ${number(rollout.samples)}`;
-  parts.push(`shift from the ${rollout.shift_from === "rollout" ? "rollout engine's" : "trainer's"} log-probs`);
+  parts.push(!rollout.histograms.shift ? "shift not known" : `shift from the ${rollout.shift_from === "rollout" ? "rollout engine's" : "trainer's"} log-probs`);
   parts.push(`written by ${rollout.source}`);
   return `${parts.join("; ")}.`;
 }
