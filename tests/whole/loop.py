@@ -1,7 +1,7 @@
 """``python -m tests.whole.loop SLIME MEGATRON MODEL OUT GPUS SCRIPT FLAGS…``: one run of slime's whole loop, small.
 
 Runs in the environment of ``make test-whole``. MODEL is a checkpoint that ``tests.whole.model`` wrote. SCRIPT is
-``train.py`` or ``train_async.py``; FLAGS come after the common ones and win over them. OUT gets ``train.log``,
+slime's train script or ours; FLAGS come after the common ones and win over them. OUT gets ``train.log``,
 ``ray.log`` and ``metrics.json``: slime's TensorBoard scalars, and under ``processes_left`` what the end left running.
 """
 
@@ -43,7 +43,7 @@ def main(slime: str, megatron: str, model: str, out: str, gpus: str, script: str
     with Rehearsal(
         Path(slime), Path(megatron), gpus=int(gpus), log=folder / "ray.log", environment=environment
     ) as rehearsal:
-        train = [sys.executable, "-m", "slime_fipo", Path(slime, script), *flags(Path(model), folder), *more]
+        train = [sys.executable, "-m", "slime_fipo", script, *flags(Path(model), folder), *more]
         status = rehearsal.run(train, folder / "train.log", TIMEOUT_S)
     metrics = read_scalars(folder / "tensorboard")
     left = len(keeper.processes(str(rehearsal.folder)))
