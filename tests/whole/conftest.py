@@ -7,7 +7,7 @@
 import json
 import os
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -30,8 +30,6 @@ class Run:
     """One finished run of the loop: slime's scalars, and what was left when it was over."""
 
     folder: Path
-    status: int
-    logged: dict = field(default_factory=dict)
 
     @cached_property
     def result(self) -> dict:
@@ -54,32 +52,37 @@ class Loop:
     """Runs the loop in the environment made for it."""
 
     def __init__(self, python: str, slime: Path, megatron: Path, folder: Path) -> None:
-        self._python, self.slime, self._megatron, self._folder = python, slime, megatron, folder
+        self._python, self.slime, self.megatron, self.folder = python, slime, megatron, folder
 
-    def _call(self, module: str, *arguments) -> int:
+    def start(self, module: str, *arguments) -> subprocess.Popen:
+        """Run a module in that environment."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
         environment["OMP_NUM_THREADS"] = "1"
         command = [self._python, "-m", module, *map(str, arguments)]
-        with (self._folder / "output.log").open("ab") as output:
-            return subprocess.run(command, stdout=output, stderr=output, cwd=REPOSITORY, env=environment).returncode
+        with (self.folder / "output.log").open("ab") as output:
+            return subprocess.Popen(command, stdout=output, stderr=output, cwd=REPOSITORY, env=environment)
 
     def model(self, dtype: str) -> Path:
         """A small random Qwen3 with weights of this dtype."""
-        folder = self._folder / f"model-{dtype}"
+        folder = self.folder / f"model-{dtype}"
         if not folder.exists():
-            status = self._call("tests.whole.model", folder, dtype)
-            assert status == 0, (self._folder / "output.log").read_text()[-4000:]
+            status = self.start("tests.whole.model", folder, dtype).wait()
+            assert status == 0, (self.folder / "output.log").read_text()[-4000:]
         return folder
 
-    def __call__(self, name: str, gpus: int, script, *flags, dtype: str = "bfloat16") -> Run:
-        folder = self._folder / name
+    def start_run(self, folder: Path, gpus: int, script: Path, *flags, dtype: str = "bfloat16") -> subprocess.Popen:
+        """``tests.whole.loop`` with its results in ``folder``, which ``{folder}`` in a flag stands for."""
         flags = [str(flag).format(folder=folder) for flag in flags]
-        status = self._call(
-            "tests.whole.loop", self.slime, self._megatron, self.model(dtype), folder, gpus, script, *flags
-        )
+        roots = (self.slime, self.megatron, self.model(dtype))
+        return self.start("tests.whole.loop", *roots, folder, gpus, script, *flags)
+
+    def __call__(self, name: str, gpus: int, script: Path, *flags, dtype: str = "bfloat16") -> Run:
+        """A whole run; fails the test with the end of its log if it ended with an error."""
+        folder = self.folder / name
+        status = self.start_run(folder, gpus, script, *flags, dtype=dtype).wait()
         log = folder / "train.log"
-        assert status == 0, (log if log.exists() else self._folder / "output.log").read_text(errors="replace")[-6000:]
-        return Run(folder, status)
+        assert status == 0, (log if log.exists() else self.folder / "output.log").read_text(errors="replace")[-6000:]
+        return Run(folder)
 
 
 @pytest.fixture(scope="session")

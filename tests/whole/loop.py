@@ -1,8 +1,8 @@
 """``python -m tests.whole.loop SLIME MEGATRON MODEL OUT GPUS SCRIPT FLAGS…``: one run of slime's whole loop, small.
 
 Runs in the environment of ``make test-whole``. MODEL is a checkpoint that ``tests.whole.model`` wrote. SCRIPT is
-slime's train script or ours; FLAGS come after the common ones and win over them. OUT gets ``train.log``,
-``ray.log`` and ``metrics.json``: slime's TensorBoard scalars, and under ``processes_left`` what the end left running.
+slime's train script or ours; FLAGS come after the common ones and win over them. OUT gets ``train.log``, ``ray.log``,
+``rehearsal`` (its folder's name), and ``metrics.json``: slime's TensorBoard scalars and what the end left behind.
 """
 
 import json
@@ -43,6 +43,7 @@ def main(slime: str, megatron: str, model: str, out: str, gpus: str, script: str
     with Rehearsal(
         Path(slime), Path(megatron), gpus=int(gpus), log=folder / "ray.log", environment=environment
     ) as rehearsal:
+        (folder / "rehearsal").write_text(str(rehearsal.folder))
         train = [sys.executable, "-m", "slime_fipo", script, *flags(Path(model), folder), *more]
         status = rehearsal.run(train, folder / "train.log", TIMEOUT_S)
     metrics = read_scalars(folder / "tensorboard")
