@@ -25,6 +25,7 @@ MARK = "SLIME_FIPO_REHEARSAL"
 HERE = Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 RAY_STARTS_S = 300.0  # two busy cores need half a minute
+RAY_ATTEMPTS = 3  # Ray gives its own processes 30 s to come up, which a busy machine may not keep
 
 
 class Rehearsal:
@@ -56,9 +57,8 @@ class Rehearsal:
             # Short: Ray's sockets are below it, and a socket's path has at most 107 characters.
             self.folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
             stack.callback(_end, _start_keeper(self.folder))
-            self._port, client_port = _free_ports(2)
             self.environment = self._make_environment()
-            self._start_ray(client_port)
+            self._start_ray()
             self._stack = stack.pop_all()
         return self
 
@@ -105,7 +105,6 @@ class Rehearsal:
             "SGLANG_USE_CPU_ENGINE": "1",
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
-            "RAY_ADDRESS": f"{_own_address()}:{self._port}",
             "RAY_AUTH_MODE": "token",  # whoever reaches a Ray's ports can run code as its owner
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -114,23 +113,27 @@ class Rehearsal:
             **self._more,
         }
 
-    def _start_ray(self, client_port: int) -> None:
-        address, port = self.environment["RAY_ADDRESS"].rsplit(":", 1)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        command += ["--node-ip-address", address, "--port", port, "--ray-client-server-port", str(client_port)]
-        command += ["--min-worker-port", "0", "--max-worker-port", "0", "--include-dashboard", "false"]
-        command += ["--num-gpus", str(self._gpus), "--num-cpus", str(4 + 2 * self._gpus)]
-        command += ["--object-store-memory", str(200 * 1024**2), "--temp-dir", str(self.folder / "ray")]
-        environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
-        with self._log.open("wb") as output:
-            ray = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        deadline = time.monotonic() + RAY_STARTS_S
-        while "Ray runtime started" not in self._log.read_text(errors="replace"):
-            if ray.poll() is not None or time.monotonic() > deadline:
-                raise UserError(f"Ray did not start; its output is in {self._log}")
-            time.sleep(0.2)
+    def _start_ray(self) -> None:
+        for attempt in range(RAY_ATTEMPTS):
+            port, client_port = _free_ports(2)
+            address = _own_address()
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+            command += ["--node-ip-address", address, "--port", str(port)]
+            command += ["--ray-client-server-port", str(client_port), "--include-dashboard", "false"]
+            command += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any free ones
+            command += ["--num-gpus", str(self._gpus), "--num-cpus", str(4 + 2 * self._gpus)]
+            command += ["--object-store-memory", str(200 * 1024**2), "--temp-dir", str(self.folder / f"ray{attempt}")]
+            with self._log.open("wb") as output:
+                ray = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+                )
+            deadline = time.monotonic() + RAY_STARTS_S
+            while ray.poll() is None and time.monotonic() < deadline:
+                if "Ray runtime started" in self._log.read_text(errors="replace"):
+                    self.environment["RAY_ADDRESS"] = f"{address}:{port}"
+                    return
+                time.sleep(0.2)
+        raise UserError(f"Ray did not start; its output is in {self._log}")
 
 
 def _start_keeper(folder: Path) -> subprocess.Popen:
