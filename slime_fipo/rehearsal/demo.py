@@ -34,6 +34,7 @@ from .flags import MEGATRON_FLAGS, SGLANG_FLAGS
 from .metrics import read_scalars
 from .qwen3 import export, model_flags
 
+SLIME_FILTERS = "slime.rollout.filter_hub.dynamic_sampling_filters"
 # Flags that slime and the embedded engine share, names and meanings alike; slime gets the embedded run's values.
 _SHARED = (
     *("num_rollout", "rollout_batch_size", "n_samples_per_prompt", "rollout_max_response_len", "rollout_temperature"),
@@ -63,7 +64,7 @@ def slime_flags(args: argparse.Namespace, demo: argparse.Namespace, checkpoint: 
         args: the embedded engine's namespace.
         demo: the demo's own.
         checkpoint: the base model, exported.
-        folder: where the weights pass from Megatron to SGLang.
+        folder: where the weights pass from Megatron to SGLang, and FIPO's token records are written.
     """
     ranks = demo.context_parallel_size
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _SHARED}
@@ -72,9 +73,8 @@ def slime_flags(args: argparse.Namespace, demo: argparse.Namespace, checkpoint: 
         "--load": checkpoint,
         "--prompt-data": args.prompt_data,
         "--custom-rm-path": f"{__package__}.demo_reward.sums_reward",
-        "--reward-key": "score",
-        "--eval-reward-key": "score",
-        "--dynamic-sampling-filter-path": "slime_fipo.recipes.filters.accuracy_varies",
+        # Like the embedded engine's, it fills a rollout up with groups of equal reward rather than sample on and on.
+        "--dynamic-sampling-filter-path": f"{SLIME_FILTERS}.check_reward_nonzero_std_with_fallback",
         "--over-sampling-batch-size": 2 * args.rollout_batch_size,
         "--eval-max-response-len": args.rollout_max_response_len,
         "--eval-temperature": args.rollout_temperature,
@@ -97,6 +97,8 @@ def slime_flags(args: argparse.Namespace, demo: argparse.Namespace, checkpoint: 
     }
     switches = ["--use-rollout-logprobs", "--use-dynamic-batch-size", "--use-tensorboard"]
     switches += ["--accumulate-allreduce-grads-in-fp32", "--attention-softmax-in-fp32"]
+    if args.loss_type == "fipo_loss":
+        switches += ["--fipo-record", str(folder / "records"), "--fipo-record-interval", "5"]
     if args.rollout_shuffle:
         switches += ["--rollout-shuffle"]
     evaluation = ["--eval-prompt-data", *args.eval_prompt_data]

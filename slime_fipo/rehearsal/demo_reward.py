@@ -7,11 +7,7 @@ from argparse import Namespace
 END_TEXT = "<end>"  # as SGLang shows the end-of-response token
 
 
-async def sums_reward(args: Namespace, sample, **kwargs) -> dict[str, float]:
-    """1 if the response ended by itself and what follows its last ``;`` is the label, else 0.
-
-    ``--reward-key score`` reads it; ``acc`` is what ``recipes.filters.accuracy_varies`` reads.
-    """
+async def sums_reward(args: Namespace, sample, **kwargs) -> float:
+    """1 if the response ended by itself and what follows its last ``;`` is the label, else 0."""
     answer = sample.response.removesuffix(END_TEXT).strip().rsplit(";", 1)[-1]
-    right = float(sample.status is type(sample.status).COMPLETED and answer == str(sample.label))
-    return {"score": right, "acc": right}
+    return float(sample.status is type(sample.status).COMPLETED and answer == str(sample.label))

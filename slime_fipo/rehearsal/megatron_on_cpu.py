@@ -86,10 +86,12 @@ def keep_adam_step(distrib_optimizer: ModuleType) -> None:
     - ``state_dict`` reads ``step`` from the state, which torch makes at the first step: loading a checkpoint into an
       optimizer that has not stepped stops with ``assert len(steps) == 1``;
     - ``load_state_dict`` gives one tensor to all parameters, which each of them counts up at every step;
-    - the parameters' state comes without ``step``, which is then missing where the state is set.
+    - a parameter's state holds ``step``, where every format of checkpoint takes each entry for a tensor of the
+      parameter's shape. Megatron keeps ``step`` with the parameter groups.
     """
     optimizer_class = distrib_optimizer.DistributedOptimizer
     construct, load_state_dict = optimizer_class.__init__, optimizer_class.load_state_dict
+    get_states = optimizer_class._get_main_param_and_optimizer_states
     set_states = optimizer_class._set_main_param_and_optimizer_states
 
     def __init__(self, *args, **kwargs):
@@ -108,6 +110,9 @@ def keep_adam_step(distrib_optimizer: ModuleType) -> None:
             if "step" in state:
                 state["step"] = state["step"].clone()
 
+    def get_states_but_step(self, model_param):
+        return {name: value for name, value in get_states(self, model_param).items() if name != "step"}
+
     def set_states_but_step(self, model_param, tensors):
         group, order = self.model_param_group_index_map[model_param]
         own = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
@@ -115,5 +120,6 @@ def keep_adam_step(distrib_optimizer: ModuleType) -> None:
         set_states(self, model_param, {**step, **tensors})
 
     optimizer_class.__init__ = __init__
+    optimizer_class._get_main_param_and_optimizer_states = get_states_but_step
     optimizer_class._set_main_param_and_optimizer_states = set_states_but_step
     optimizer_class.load_state_dict = load_state_dict_with_own_steps

@@ -1,15 +1,16 @@
 """Megatron's real distributed optimizer in a rehearsal: ``python optimizer_rig.py OUT``, stand-ins on PYTHONPATH.
 
-Trains three steps, saves, trains three more; then loads into a new optimizer as Megatron's checkpointing does (into
-the state dict of an optimizer that has not stepped) and trains the same three. OUT gets both results.
+Trains three steps, saves a checkpoint, trains three more; then loads into an optimizer that has not stepped and trains
+the same three. OUT gets both results, for each format of checkpoint.
 """
 
 import json
 import sys
+import tempfile
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,25 +56,27 @@ def result(model, optimizer) -> dict:
 def main(out: str) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    model, optimizer = make()
-    train(model, optimizer, range(3))
-    distributed = optimizer.chained_optimizers[0]
-    saved = distributed.state_dict()
-    tensors = distributed.get_parameter_state_dp_zero()
-    weights = [p.detach().clone() for p in model.parameters()]
-    train(model, optimizer, range(3, 6))
+    results = {}
+    for form in ("dp_reshardable", "dp_zero_gather_scatter"):  # slime's Megatron writes the first
+        metadata = {"distrib_optim_sharding_type": form, "chained_optim_avoid_prefix": True}
+        model, optimizer = make()
+        train(model, optimizer, range(3))
+        with tempfile.TemporaryDirectory() as folder:
+            saved = optimizer.sharded_state_dict({}, is_loading=False, metadata=metadata)
+            dist_checkpointing.save({"optimizer": saved}, folder)
+            weights = [p.detach().clone() for p in model.parameters()]
+            train(model, optimizer, range(3, 6))
 
-    loaded_model, loaded = make()
-    distributed = loaded.chained_optimizers[0]
-    distributed.state_dict()  # the form to load into, before anything has stepped
-    with torch.no_grad():
-        for parameter, weight in zip(loaded_model.parameters(), weights, strict=True):
-            parameter.copy_(weight)
-    distributed.load_state_dict(saved)
-    distributed.load_parameter_state_from_dp_zero(tensors)
-    train(loaded_model, loaded, range(3, 6))
+            loaded_model, loaded = make()
+            with torch.no_grad():
+                for parameter, weight in zip(loaded_model.parameters(), weights, strict=True):
+                    parameter.copy_(weight)
+            form_to_load = loaded.sharded_state_dict({}, is_loading=True, metadata=metadata)
+            loaded.load_state_dict(dist_checkpointing.load({"optimizer": form_to_load}, folder)["optimizer"])
+        train(loaded_model, loaded, range(3, 6))
+        results[form] = [result(model, optimizer), result(loaded_model, loaded)]
     with open(out, "w") as file:
-        json.dump([result(model, optimizer), result(loaded_model, loaded)], file)
+        json.dump(results, file)
 
 
 if __name__ == "__main__":

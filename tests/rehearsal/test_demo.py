@@ -82,7 +82,7 @@ Status = enum.Enum("Status", "COMPLETED TRUNCATED")
 )
 def test_the_reward_reads_what_follows_the_last_separator(response, status, right):
     sample = SimpleNamespace(response=response, status=status, label="0")
-    assert asyncio.run(sums_reward(argparse.Namespace(), sample)) == {"score": right, "acc": right}
+    assert asyncio.run(sums_reward(argparse.Namespace(), sample)) == right
 
 
 def test_curves_count_rollouts_and_average_their_steps(tmp_path):
