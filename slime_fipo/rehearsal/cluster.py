@@ -82,11 +82,12 @@ class Rehearsal:
                 raise
 
     def _make_environment(self) -> dict[str, str]:
-        # Another Ray's settings are not ours, and an empty CUDA_VISIBLE_DEVICES leaves Ray no logical GPU.
+        # Another Ray's settings are not ours, an empty CUDA_VISIBLE_DEVICES leaves Ray no logical GPU, and Megatron
+        # writes NVTE_* for the model that it builds in a process, which that of another then contradicts.
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(("RAY_", "MASTER_")) and name != "CUDA_VISIBLE_DEVICES"
+            if not name.startswith(("RAY_", "MASTER_", "NVTE_")) and name != "CUDA_VISIBLE_DEVICES"
         }
         paths = [*map(str, self._paths), *filter(None, [os.environ.get("PYTHONPATH")])]
         no_proxy = ",".join(filter(None, [os.environ.get("no_proxy"), HOST, "localhost", _own_address()]))

@@ -93,7 +93,7 @@ def test_a_run_that_was_saved_goes_on_where_it_was(loop):
         loop.slime / "train.py",
         *SGLANG_LOG_PROBS,
         *DISK,
-        *("--load", save, "--num-rollout", 4),
+        *("--load", save, "--num-rollout", 4, "--override-opt-param-scheduler"),  # its length follows --num-rollout
     )
     assert list(first.steps(DEVIATION)) == list(range(6))
     assert list(resumed.steps(DEVIATION)) == [6, 7]
