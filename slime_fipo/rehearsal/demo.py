@@ -182,15 +182,17 @@ def write_picture(path: Path, slime: dict, embedded: dict, title: str) -> None:
     """Accuracy, length and |f − 1| of both engines, and how far SGLang and Megatron differ in slime."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
-    runs = (("slime", slime, "C0"), ("embedded", embedded, "C1"))
+    # slime averages over the groups that its filter kept, the embedded engine over all that it sampled.
+    runs = (("slime", "groups kept", slime, "C0"), ("embedded", "all sampled", embedded, "C1"))
     both = (
         (axes[0, 0], "accuracy", "accuracy", "heldout"),
         (axes[0, 1], "mean response length (tokens)", "length", "heldout_length"),
         (axes[1, 0], "mean |f − 1|", "deviation", None),
     )
     for axis, label, rollouts, heldout in both:
-        for name, curves, color in runs:
-            axis.plot(*_xy(curves[rollouts]), color=color, alpha=0.5 if heldout else 1, label=f"{name}, rollouts")
+        for name, over, curves, color in runs:
+            drawn = f"{name}, rollouts ({over})" if heldout else name
+            axis.plot(*_xy(curves[rollouts]), color=color, alpha=0.5 if heldout else 1, label=drawn)
             if heldout:
                 axis.plot(*_xy(curves[heldout]), "o-", color=color, label=f"{name}, held-out")
         axis.set_title(label, fontsize=10)
