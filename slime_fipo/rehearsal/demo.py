@@ -28,7 +28,7 @@ from ..errors import OneLineParser, UserError
 from ..local import engine
 from ..local.arguments import parse_arguments
 from ..local.checkpoint import checkpoint_files
-from ..local.report import Progress
+from ..local.progress import Progress
 from .cluster import Rehearsal
 from .flags import MEGATRON_FLAGS, SGLANG_FLAGS
 from .metrics import read_scalars
