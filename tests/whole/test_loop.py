@@ -45,7 +45,7 @@ def run(variant, loop):
 
 def test_every_step_trains_and_nothing_is_left(run):
     assert list(run.steps(DEVIATION)) == list(range(6))
-    assert all(norm > 0 for norm in run.steps("train/grad_norm").values())
+    assert max(run.steps("train/grad_norm").values()) > 0  # a step's groups may all have equal rewards
     assert run.result["processes_left"] == 0
     assert not run.result["folder_left"]
 
