@@ -12,13 +12,20 @@ BIN := $(VENV)/bin
 TORCH_STAMP := $(VENV)/.installed-torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help demo compare test test-slime test-cluster bench bench-gpu screenshots lint clean
+# The whole of slime without a GPU: an environment of its own, whose numpy and SGLang the tests' own cannot have.
+WHOLE_VENV ?= .venv-whole
+SGLANG := sglang==0.5.15.post1 sglang-router==0.3.2
+
+.PHONY: help demo demo-slime compare test test-slime test-whole test-cluster bench bench-gpu screenshots lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.installed-local ## train a small model with FIPO on this machine (about 2 minutes, CPU)
 	$(BIN)/slime-fipo local --save runs/demo --fipo-record runs/demo/records --fipo-record-interval 3 $(ARGS)
+
+demo-slime: $(WHOLE_VENV)/.installed-loop ## the demo's task through slime's own train.py, no GPU: SLIME_ROOT=… MEGATRON_ROOT=…
+	$(WHOLE_VENV)/bin/python -m slime_fipo.rehearsal.demo --slime-root "$(SLIME_ROOT)" --megatron-root "$(MEGATRON_ROOT)" $(ARGS)
 
 compare: $(VENV)/.installed-local ## DAPO against FIPO, several seeds (about half an hour, CPU)
 	$(BIN)/slime-fipo compare $(ARGS)
@@ -28,6 +35,9 @@ test: $(VENV)/.installed-dev ## all tests that need neither a cluster nor a GPU
 
 test-slime: $(VENV)/.installed-dev $(VENV)/.installed-sglang ## tests against a checkout of slime: SLIME_ROOT=… [MEGATRON_ROOT=…]
 	$(BIN)/python -m pytest -m slime $(ARGS)
+
+test-whole: $(VENV)/.installed-dev $(WHOLE_VENV)/.installed-loop ## slime, Megatron-LM, SGLang and Ray whole, no GPU: SLIME_ROOT=… MEGATRON_ROOT=…
+	WHOLE_PYTHON="$(abspath $(WHOLE_VENV))/bin/python" $(BIN)/python -m pytest -m whole $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev $(VENV)/.installed-cluster ## launch scripts on real Ray and real Slurm, on this machine
 	$(BIN)/python -m pytest -m cluster $(ARGS)
@@ -44,8 +54,8 @@ screenshots: $(VENV)/.installed-dev demo ## the README's pictures, from the demo
 lint: $(VENV)/.installed-dev ## ruff, as pre-commit runs it
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-clean: ## remove the virtual environment; runs/ stays
-	rm -rf -- "$(VENV)"
+clean: ## remove the virtual environments; runs/ stays
+	rm -rf -- "$(VENV)" "$(WHOLE_VENV)"
 
 # torch first and alone, so that nothing that depends on it chooses another build.
 $(TORCH_STAMP):
@@ -60,6 +70,11 @@ $(VENV)/.installed-%: pyproject.toml $(TORCH_STAMP)
 # The parser's flags are all that slime's tests need of SGLang; its dependencies are for GPUs.
 $(VENV)/.installed-sglang: $(VENV)/.installed-slime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sglang sglang-router
+	touch $@
+
+$(WHOLE_VENV)/.installed-loop: pyproject.toml
+	$(MAKE) VENV="$(WHOLE_VENV)" "$(WHOLE_VENV)/.installed-whole"
+	$(WHOLE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SGLANG)
 	touch $@
 
 .PRECIOUS: $(TORCH_STAMP) $(VENV)/.installed-%

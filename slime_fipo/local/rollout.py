@@ -22,7 +22,7 @@ SAMPLING_BATCH = 256  # sequences decoded at once; bounds the KV cache
 
 def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
     """A torch generator whose stream depends on the whole key."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1  # numpy 1 has no uint64 >> int
     return torch.Generator(device).manual_seed(seed)
 
 

@@ -33,14 +33,13 @@ _MERGED = re.compile(r"(\d+)\.pt")
 _PER_RANK = re.compile(r"(\d+)_(\d+)\.pt")
 _EVALUATION = re.compile(r"eval_(\d+)\.pt")
 # What numpy arrays and scalars in a pickle are made of; torch allows nothing beyond these and its own tensors.
+# numpy 1.26 has a numpy._core too, with nothing in it.
+_MULTIARRAY = np._core.multiarray if int(np.__version__.split(".")[0]) >= 2 else np.core.multiarray
 _NUMPY = [
     np.ndarray,
     np.dtype,
     *(kind for name in dir(np.dtypes) if isinstance(kind := getattr(np.dtypes, name), type)),
-    *(
-        getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, n)
-        for n in ("_reconstruct", "scalar")
-    ),
+    *(getattr(_MULTIARRAY, n) for n in ("_reconstruct", "scalar")),
 ]
 
 

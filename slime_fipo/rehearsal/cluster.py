@@ -1,0 +1,192 @@
+"""The processes of a rehearsal: its own Ray, the driver, and what both start; all of them ended when it is over.
+
+A rehearsal is a folder under the temporary directory. Its processes carry the folder's name in their environment,
+which switches the stand-ins on and is how ``keeper.py`` knows them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+
+MARK = "SLIME_FIPO_REHEARSAL"
+HERE = Path(__file__).resolve().parent
+HOST = "127.0.0.1"
+RAY_STARTS_S = 300.0  # two busy cores need half a minute
+RAY_ATTEMPTS = 3  # Ray gives its own processes 30 s to come up, which a busy machine may not keep
+
+
+class Rehearsal:
+    """A Ray of our own with ``gpus`` logical GPUs, and the environment that turns the stand-ins on.
+
+    Args:
+        slime_root: checkout of slime.
+        megatron_root: checkout of Megatron-LM, at the commit that slime's Dockerfile pins.
+        gpus: logical GPUs, as many as actor and rollout ranks together.
+        log: Ray's own output goes to this file.
+        environment: more variables for every process.
+
+    Raises:
+        UserError: a GPU is visible, a checkout is not there, or Ray does not start.
+    """
+
+    def __init__(
+        self, slime_root: Path, megatron_root: Path, *, gpus: int, log: Path, environment: dict[str, str] | None = None
+    ) -> None:
+        _check_no_gpu()
+        _check_checkouts(slime_root, megatron_root)
+        self._gpus, self._log = gpus, log
+        self._paths = [HERE / "site", HERE.parents[1], slime_root.resolve(), megatron_root.resolve()]
+        self._more = environment or {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Rehearsal:
+        with ExitStack() as stack:
+            # Short: Ray's sockets are below it, and a socket's path has at most 107 characters.
+            self.folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
+            stack.callback(_end, _start_keeper(self.folder))
+            self.environment = self._make_environment()
+            self._start_ray()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def run(self, command: Sequence[str], log: Path, timeout_s: float | None = None) -> int:
+        """Run a driver inside the rehearsal, output to ``log``; its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than ``timeout_s``.
+        """
+        with log.open("wb") as output:
+            driver = subprocess.Popen(
+                [str(part) for part in command], stdout=output, stderr=subprocess.STDOUT, env=self.environment
+            )
+            try:
+                return driver.wait(timeout_s)
+            except BaseException:
+                driver.terminate()
+                raise
+
+    def _make_environment(self) -> dict[str, str]:
+        # Another Ray's settings are not ours, an empty CUDA_VISIBLE_DEVICES leaves Ray no logical GPU, and Megatron
+        # writes NVTE_* for the model that it builds in a process, which that of another then contradicts.
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "MASTER_", "NVTE_")) and name != "CUDA_VISIBLE_DEVICES"
+        }
+        paths = [*map(str, self._paths), *filter(None, [os.environ.get("PYTHONPATH")])]
+        no_proxy = ",".join(filter(None, [os.environ.get("no_proxy"), HOST, "localhost", _own_address()]))
+        return inherited | {
+            MARK: str(self.folder),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+            "SPT_NOENV": "1",  # setproctitle writes over the environment that /proc shows, and the mark with it
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's argument checks ask for it
+            "TORCHDYNAMO_DISABLE": "1",  # compiling for three steps costs more than it saves
+            "OMP_NUM_THREADS": "1",  # several ranks share the cores
+            "SLIME_ACCELERATOR": "cpu",
+            "SLIME_HOST_IP": HOST,  # SGLang and its router are reached from this machine alone
+            "GLOO_SOCKET_IFNAME": "lo",
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "NO_PROXY": no_proxy,
+            "no_proxy": no_proxy,
+            "RAY_AUTH_MODE": "token",  # whoever reaches a Ray's ports can run code as its owner
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 starves SGLang and the trainer, its children, on a busy machine
+            **self._more,
+        }
+
+    def _start_ray(self) -> None:
+        for attempt in range(RAY_ATTEMPTS):
+            port, client_port = _free_ports(2)
+            address = _own_address()
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+            command += ["--node-ip-address", address, "--port", str(port)]
+            command += ["--ray-client-server-port", str(client_port), "--include-dashboard", "false"]
+            command += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any free ones
+            command += ["--num-gpus", str(self._gpus), "--num-cpus", str(4 + 2 * self._gpus)]
+            command += ["--object-store-memory", str(200 * 1024**2), "--temp-dir", str(self.folder / f"ray{attempt}")]
+            with self._log.open("wb") as output:
+                ray = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
+                )
+            deadline = time.monotonic() + RAY_STARTS_S
+            while ray.poll() is None and time.monotonic() < deadline:
+                if "Ray runtime started" in self._log.read_text(errors="replace"):
+                    self.environment["RAY_ADDRESS"] = f"{address}:{port}"
+                    return
+                time.sleep(0.2)
+        raise UserError(f"Ray did not start; its output is in {self._log}")
+
+
+def _start_keeper(folder: Path) -> subprocess.Popen:
+    keeper = subprocess.Popen(
+        [sys.executable, "-I", str(HERE / "keeper.py"), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+    )
+    keeper.stdout.readline()  # from here on it is deaf to signals that end us
+    return keeper
+
+
+def _end(keeper: subprocess.Popen) -> None:
+    keeper.stdin.close()
+    keeper.wait()
+    keeper.stdout.close()
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _own_address() -> str:
+    """This machine's address, as Ray finds it: Ray takes no loopback address. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 80))
+            return probe.getsockname()[0]
+        except OSError:
+            return HOST
+
+
+def _check_no_gpu() -> None:
+    found = [f"torch sees {torch.cuda.device_count()} GPU(s)"] if torch.cuda.device_count() else []
+    found += map(str, Path("/dev").glob("nvidia[0-9]*"))
+    if found:
+        raise UserError(
+            f"this machine has a GPU ({found[0]}): a rehearsal runs where there is none, such as a container without"
+            " --gpus; hiding it with CUDA_VISIBLE_DEVICES is not enough, since Ray's workers set that anew"
+        )
+
+
+def _check_checkouts(slime_root: Path, megatron_root: Path) -> None:
+    for flag, root, file in (
+        ("--slime-root", slime_root, "slime/backends/megatron_utils/actor.py"),
+        ("--megatron-root", megatron_root, "megatron/training/training.py"),
+    ):
+        if not (root / file).is_file():
+            raise UserError(f"{flag} {root}: no such checkout (it has no {file})")
