@@ -31,7 +31,7 @@ compare: $(VENV)/.installed-local ## DAPO against FIPO, several seeds (about hal
 	$(BIN)/slime-fipo compare $(ARGS)
 
 test: $(VENV)/.installed-dev ## all tests that need neither a cluster nor a GPU
-	$(BIN)/python -m pytest -m "not cluster and not whole" $(ARGS)
+	$(BIN)/python -m pytest -m "not cluster" $(ARGS)
 
 test-slime: $(VENV)/.installed-dev $(VENV)/.installed-sglang ## tests against a checkout of slime: SLIME_ROOT=… [MEGATRON_ROOT=…]
 	$(BIN)/python -m pytest -m slime $(ARGS)
