@@ -282,8 +282,11 @@ def test_help_of_the_train_command_is_not_ours(tmp_path):
     assert run.exit_code == 1 and "--rollout-batch-size is missing" in run.output
 
 
-def test_the_roots_are_flags_and_variables(tmp_path):
+def test_the_roots_are_flags_and_variables(tmp_path, monkeypatch):
     root = checkout(tmp_path)
+    (tmp_path / "packages" / "sglang").mkdir(parents=True)  # found, as on a machine that has it
+    (tmp_path / "packages" / "sglang" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "packages")
     variables = {"SLIME_ROOT": str(root), "MEGATRON_ROOT": str(root)}
     run = CliRunner().invoke(app, ["check", "--", *ARGUMENTS, "--foo", "3"], env=variables)
     assert f"slime's parser ({root}" in run.output and "warning: --foo is no flag" in run.output
