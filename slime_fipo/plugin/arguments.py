@@ -170,9 +170,8 @@ def _values(args: argparse.Namespace) -> argparse.Namespace:
         own = {name: read_setting(action, getattr(args, name, None)) for name, action in _SETTINGS.items()}
         check_values(slime)
     if hasattr(args, "fipo_chained_hook_path"):
-        own["fipo_clip_ratio"] = (
-            None  # translate() wrote the sides; slime then put an actor's shorthand over that again
-        )
+        # translate() wrote the sides; slime then put an actor's shorthand over that again.
+        own["fipo_clip_ratio"] = None
     return argparse.Namespace(**slime, **own)
 
 
