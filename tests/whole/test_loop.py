@@ -26,7 +26,7 @@ VARIANTS = {
     "cp2": (3, "train.py", (*SGLANG_LOG_PROBS, *DISK, "--actor-num-gpus-per-node", "2",
                             "--context-parallel-size", "2")),
     "tp2": (3, "train.py", (*SGLANG_LOG_PROBS, *DISK, "--actor-num-gpus-per-node", "2",
-                            "--tensor-model-parallel-size", "2")),
+                            "--tensor-model-parallel-size", "2", "--sequence-parallel")),
     "dp2": (3, "train.py", (*SGLANG_LOG_PROBS, *DISK, "--actor-num-gpus-per-node", "2", "--fipo-shift-from", "train")),
     "async": (2, "train_async.py", ()),
 }  # fmt: skip
