@@ -1,7 +1,7 @@
-"""Loss and gradients of slime's actor in the whole loop against the objective, computed again from its equations.
+"""The loop in float32: what SGLang and Megatron differ by, and the actor's loss and gradients against the objective.
 
-The samples are slime's own dump; the model is transformers' Qwen3 in float64, the weights are those that the actor had
-before the step, and FIPO's weights are the float64 oracle's.
+They are computed again from the equations: the samples are slime's own dump, the model is transformers' Qwen3 in
+float64, the weights are those that the actor had before the step, and FIPO's weights are the float64 oracle's.
 """
 
 from argparse import Namespace
@@ -18,7 +18,7 @@ from slime_fipo.rehearsal.qwen3 import hugging_face_weights
 from tests.algorithm import oracle
 
 from .model import SIZES
-from .test_loop import DISK, SGLANG_LOG_PROBS
+from .test_loop import DEVIATION, DIFFERENCE, DISK, SGLANG_LOG_PROBS
 
 # Not the defaults: a flag that does not arrive shows.
 CONFIG = FipoConfig(decay_rate=8.0, clip_ratio_low=0.3, clip_ratio_high=0.4)
@@ -28,35 +28,49 @@ PER_STEP = 8  # samples; loop.py's --global-batch-size
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize(
-    ("ranks", "flags"), [(1, ()), (2, ("--calculate-per-token-loss",))], ids=["cp1-sample_mean", "cp2-token_mean"]
-)
-def test_loss_and_gradients_are_the_objectives(loop, ranks, flags):
-    capture = loop.folder / f"capture-cp{ranks}"
-    run = loop(
-        f"equality_cp{ranks}",
+@pytest.fixture(scope="module", params=[1, 2], ids=["cp1-sample_mean", "cp2-token_mean"])
+def ranks(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def capture(ranks, loop) -> Path:
+    folder = loop.folder / f"capture-cp{ranks}"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(ranks, capture, loop):
+    return loop(
+        f"float32_cp{ranks}",
         ranks + 1,
         Path(__file__).with_name("float32_train.py"),
         *SGLANG_LOG_PROBS,
         *DISK,
         *FLAGS,
-        *flags,
+        *(("--calculate-per-token-loss",) if ranks == 2 else ()),
         *("--actor-num-gpus-per-node", ranks, "--context-parallel-size", ranks, "--sglang-dtype", "float32"),
         *("--save-debug-train-data", f"{capture}/{{{{rollout_id}}}}.pt"),  # start_run formats flags
         *("--custom-megatron-before-train-step-hook-path", "tests.whole.capture.before_train_step"),
         dtype="float32",
     )
+
+
+def test_sglang_and_megatron_agree_to_four_digits(run):
+    assert max(run.first_steps(DIFFERENCE)) < 1e-4
+    assert all(value > 0.01 for value in run.later_steps(DEVIATION))  # weights of 1 would say little below
+
+
+def test_loss_and_gradients_are_the_objectives(run, ranks, capture, loop):
     reported = run.steps("train/loss")
-    moved = run.later_steps("train/fipo/influence_deviation")
-    assert all(value > 0.01 for value in moved)  # weights of 1 would say little
-    checkpoint = loop.model("float32")
     args = parse_arguments([*SIZES.split(), "--save", "unused"])
     for rollout in range(3):
         samples = torch.load(capture / f"{rollout}.pt", weights_only=False)["samples"]
         for step in range(2):
             had = torch.load(capture / f"{rollout}-{step}.pt")
-            model = load(checkpoint, as_hugging_face(had["weights"], args))
-            loss = objective(model, samples[PER_STEP * step : PER_STEP * (step + 1)], per_token=bool(flags))
+            model = load(loop.model("float32"), as_hugging_face(had["weights"], args))
+            loss = objective(model, samples[PER_STEP * step : PER_STEP * (step + 1)], per_token=ranks == 2)
             loss.backward()
             assert reported[2 * rollout + step] == pytest.approx(loss.item(), abs=TOLERANCE)
             assert_gradients_equal(model, as_hugging_face(had["gradients"], args))
