@@ -16,10 +16,10 @@ from megatron.core import mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 
-def layer_spec(args, config, vp_stage: int | None = None) -> ModuleSpec:
+def layer_spec(args, config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """slime calls this with its namespace and Megatron's ``TransformerConfig``.
 
     Raises:
@@ -34,10 +34,38 @@ def layer_spec(args, config, vp_stage: int | None = None) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp  # they are in the linear layers
-    layer.self_attention.submodules.linear_qkv = LayerNormColumnParallelLinear
-    layer.self_attention.submodules.core_attention = PackedAttention
+    attention = layer.self_attention.submodules
+    attention.linear_qkv = LayerNormColumnParallelLinear
+    attention.core_attention = PackedAttention
+    if args.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.mlp.submodules.linear_fc1 = LayerNormColumnParallelLinear
-    return spec
+    return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+
+
+def _norm_weight(config, size: int) -> torch.nn.Parameter:
+    start = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
+    weight = torch.nn.Parameter(start(size, dtype=config.params_dtype))
+    # Under sequence parallelism a rank sees a part of the tokens, and Megatron sums the gradients of such weights.
+    weight.sequence_parallel = config.sequence_parallel
+    return weight
+
+
+def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, config, epsilon: float) -> torch.Tensor:
+    weight = weight + 1 if config.layernorm_zero_centered_gamma else weight
+    return F.rms_norm(hidden, weight.shape, weight, epsilon)
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm that also runs under sequence parallelism and with zero-centred weights; Megatron's local one refuses."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_) -> None:
+        super().__init__()
+        self.config, self.eps = config, eps
+        self.weight = _norm_weight(config, hidden_size)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _rms_norm(hidden, self.weight, self.config, self.eps)
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -45,14 +73,10 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, *, config, **kwargs) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        start = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
-        self.layer_norm_weight = torch.nn.Parameter(start(input_size, dtype=config.params_dtype))
-        # Under sequence parallelism a rank sees a part of the tokens, and Megatron sums the gradients of such weights.
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.layer_norm_weight = _norm_weight(config, input_size)
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
-        weight = self.layer_norm_weight + 1 if self.config.layernorm_zero_centered_gamma else self.layer_norm_weight
-        hidden = F.rms_norm(hidden, (hidden.shape[-1],), weight, self.config.layernorm_epsilon)
+        hidden = _rms_norm(hidden, self.layer_norm_weight, self.config, self.config.layernorm_epsilon)
         return super().forward(hidden, *args, **kwargs)
 
 

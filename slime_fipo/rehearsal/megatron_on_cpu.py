@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from types import ModuleType
 
+import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -70,6 +71,9 @@ def answer_for_cuda(megatron_core: ModuleType) -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.get_device_capability = lambda *args: (9, 0)
     cuda.is_bf16_supported = lambda *args, **kwargs: True
+    # slime v0.3.1 has no accelerator interface: what it logs of the memory comes from here.
+    cuda.mem_get_info = lambda *args: (psutil.virtual_memory().available, psutil.virtual_memory().total)
+    cuda.memory_allocated = cuda.memory_reserved = lambda *args: psutil.Process().memory_info().rss
     _CudaIsCPU().__enter__()  # for the rest of the process
 
 

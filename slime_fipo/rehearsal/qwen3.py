@@ -38,7 +38,7 @@ def export(checkpoint: Path, folder: Path, args: argparse.Namespace, dtype: torc
         if name.startswith("model.")
     }
     model = Qwen3ForCausalLM(_config(args)).float()
-    model.load_state_dict(_hugging_face_weights(weights, args))
+    model.load_state_dict(hugging_face_weights(weights, args))
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.to(dtype).save_pretrained(temporary)
@@ -98,7 +98,7 @@ def _tokenizer(alphabet: Alphabet) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TEXT, pad_token=END_TEXT)
 
 
-def _hugging_face_weights(weights: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, torch.Tensor]:
+def hugging_face_weights(weights: dict[str, torch.Tensor], args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Megatron-Core's names and fused matrices -> Hugging Face's."""
     embedding = weights["embedding.word_embeddings.weight"]
     exported = {

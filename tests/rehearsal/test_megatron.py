@@ -37,3 +37,13 @@ def test_packed_attention_is_exact_at_any_context_parallel_size(tmp_path):
     for differences in results.values():
         assert len(differences) == 4  # output, and the gradients of query, key and value
         assert max(differences) < 1e-6  # gradients are summed over ranks in float32
+
+
+def test_tensor_parallel_ranks_have_the_logits_and_gradients_of_one(tmp_path):
+    run = rig("sequence_parallel_rig", tmp_path, rehearsal=True)
+    assert run.returncode == 0, run.stderr
+    results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert results.keys() == {"sp0-0", "sp0-1", "sp1-0", "sp1-1"}
+    for differences in results.values():
+        assert len(differences) == 19  # logits, and each parameter's gradient
+        assert max(differences.values()) < 1e-5

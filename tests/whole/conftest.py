@@ -54,6 +54,10 @@ class Loop:
     def __init__(self, python: str, slime: Path, megatron: Path, folder: Path) -> None:
         self._python, self.slime, self.megatron, self.folder = python, slime, megatron, folder
 
+    def on(self, slime: Path) -> "Loop":
+        """The same with another checkout of slime."""
+        return Loop(self._python, slime, self.megatron, self.folder)
+
     def start(self, module: str, *arguments) -> subprocess.Popen:
         """Run a module in that environment."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
@@ -93,10 +97,14 @@ def loop(slime_root, tmp_path_factory) -> Loop:
     if not megatron:
         pytest.skip(f"MEGATRON_ROOT is not set (Megatron-LM at the commit of slime's Dockerfile, 1dcf0daf); {HOW}")
     folder = tmp_path_factory.mktemp("whole")
-    slime = folder / "slime"
-    slime.mkdir()
-    archive = subprocess.run(["git", "-C", slime_root, "archive", SLIME_MAIN], stdout=subprocess.PIPE)
+    return Loop(python, checkout(slime_root, SLIME_MAIN, folder / "slime"), Path(megatron).resolve(), folder)
+
+
+def checkout(slime_root: Path, commit: str, folder: Path) -> Path:
+    """The tree of a commit of the clone at ``slime_root``, in ``folder``."""
+    archive = subprocess.run(["git", "-C", slime_root, "archive", commit], stdout=subprocess.PIPE)
     if archive.returncode:
-        pytest.skip(f"SLIME_ROOT is no clone with commit {SLIME_MAIN}; git -C $SLIME_ROOT fetch origin")
-    subprocess.run(["tar", "-x", "-C", slime], input=archive.stdout, check=True)
-    return Loop(python, slime, Path(megatron).resolve(), folder)
+        pytest.skip(f"SLIME_ROOT is no clone with commit {commit}; git -C $SLIME_ROOT fetch origin --tags")
+    folder.mkdir()
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    return folder
