@@ -115,6 +115,9 @@ class Rehearsal:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
+            # For two Rays on one machine; by default these are fixed ports.
+            "AUTOSCALER_METRIC_PORT": "0",
+            "DASHBOARD_METRIC_PORT": "0",
             "RAY_worker_niceness": "0",  # Ray's 15 starves SGLang and the trainer, its children, on a busy machine
             **self._more,
         }
