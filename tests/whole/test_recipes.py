@@ -1,5 +1,9 @@
 """What stands around the loss, in the whole loop: reward, filter, evaluation, trackers, records, several turns."""
 
+import base64
+import gzip
+import json
+import re
 from dataclasses import fields
 
 import numpy as np
@@ -144,11 +148,31 @@ def test_wandb_has_offline_what_tensorboard_has(recipe):
         assert wandb[name] == pytest.approx([value for _, value in tensorboard[name]], rel=1e-6), name
 
 
-def test_the_report_page_is_built_from_the_records(recipe, tmp_path):
+def test_the_report_page_shows_the_recorded_responses(recipe, tmp_path):
     page, sentence = write_report([recipe.folder / "records"], tmp_path / "report.html")
-    assert "48" in sentence
-    text = page.read_text(encoding="utf-8")
-    assert len(text) > 10_000 and "</html>" in text
+    assert sentence.startswith("48 of 48 recorded responses")
+    description, arrays = page_data(page.read_text(encoding="utf-8"))
+    samples = [dumped(recipe, rollout) for rollout in range(ROLLOUTS)]
+    texts, position = np.array(description["pieces"]["text"]), 0
+    for response in description["responses"]:
+        sample = samples[response["rollout"]][response["position"]]
+        assert response["length"] == sample["response_length"]
+        prompt = texts[arrays["prompts"][position : position + response["prompt"]]]
+        assert "".join(prompt) == sample["prompt"]
+        position += response["prompt"]
+    np.testing.assert_array_equal(arrays["f"], np.concatenate([record.influence for record in whole_records(recipe)]))
+
+
+def page_data(html: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """What a report's page holds: see ``slime_fipo/report/page.py``."""
+    data = gzip.decompress(base64.b64decode(re.search(r'id="data">([^<]*)<', html)[1]))
+    start = 4 + int.from_bytes(data[:4], "little")
+    description = json.loads(data[4:start])
+    arrays = {
+        name: np.frombuffer(data, of["type"], of["length"], start + of["offset"])
+        for name, of in description["arrays"].items()
+    }
+    return description, arrays
 
 
 @pytest.fixture(scope="module")
