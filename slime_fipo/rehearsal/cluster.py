@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from . import ports
 
 MARK = "SLIME_FIPO_REHEARSAL"
 HERE = Path(__file__).resolve().parent
-HOST = "127.0.0.1"
+HOST = "127.0.0.2"  # reached from this machine only; for 127.0.0.1 Ray takes the address on the network
 RAY_STARTS_S = 300.0  # two busy cores need half a minute
 RAY_ATTEMPTS = 3  # Ray gives its own processes 30 s to come up, which a busy machine may not keep
 
@@ -39,7 +40,7 @@ class Rehearsal:
         environment: more variables for every process.
 
     Raises:
-        UserError: a GPU is visible, a checkout is not there, or Ray does not start.
+        UserError: a GPU is visible, a checkout is not there, no ports are free, or Ray does not start.
     """
 
     def __init__(
@@ -54,9 +55,12 @@ class Rehearsal:
 
     def __enter__(self) -> Rehearsal:
         with ExitStack() as stack:
+            lock = stack.enter_context(ports.reserve())
+            self._first_port = lock.getsockname()[1]
             # Short: Ray's sockets are below it, and a socket's path has at most 107 characters.
             self.folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
-            stack.callback(_end, _start_keeper(self.folder))
+            # The keeper holds the ports too: the processes of a rehearsal that was killed live a little longer.
+            stack.callback(_end, _start_keeper(self.folder, lock.fileno()))
             self.environment = self._make_environment()
             self._start_ray()
             self._stack = stack.pop_all()
@@ -90,9 +94,10 @@ class Rehearsal:
             if not name.startswith(("RAY_", "MASTER_", "NVTE_")) and name != "CUDA_VISIBLE_DEVICES"
         }
         paths = [*map(str, self._paths), *filter(None, [os.environ.get("PYTHONPATH")])]
-        no_proxy = ",".join(filter(None, [os.environ.get("no_proxy"), HOST, "localhost", _own_address()]))
+        no_proxy = ",".join(filter(None, [os.environ.get("no_proxy"), HOST, "127.0.0.1", "localhost"]))
         return inherited | {
             MARK: str(self.folder),
+            ports.VARIABLE: str(self._first_port),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
@@ -101,7 +106,7 @@ class Rehearsal:
             "TORCHDYNAMO_DISABLE": "1",  # compiling for three steps costs more than it saves
             "OMP_NUM_THREADS": "1",  # several ranks share the cores
             "SLIME_ACCELERATOR": "cpu",
-            "SLIME_HOST_IP": HOST,  # SGLang and its router are reached from this machine alone
+            "SLIME_HOST_IP": HOST,
             "GLOO_SOCKET_IFNAME": "lo",
             "SGLANG_USE_CPU_ENGINE": "1",
             "NO_PROXY": no_proxy,
@@ -110,6 +115,9 @@ class Rehearsal:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DEDUP_LOGS": "0",
+            # For two Rays on one machine; by default these are fixed ports.
+            "AUTOSCALER_METRIC_PORT": "0",
+            "DASHBOARD_METRIC_PORT": "0",
             "RAY_worker_niceness": "0",  # Ray's 15 starves SGLang and the trainer, its children, on a busy machine
             **self._more,
         }
@@ -117,11 +125,11 @@ class Rehearsal:
     def _start_ray(self) -> None:
         for attempt in range(RAY_ATTEMPTS):
             port, client_port = _free_ports(2)
-            address = _own_address()
             command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-            command += ["--node-ip-address", address, "--port", str(port)]
+            command += ["--node-ip-address", HOST, "--port", str(port)]
             command += ["--ray-client-server-port", str(client_port), "--include-dashboard", "false"]
-            command += ["--min-worker-port", "0", "--max-worker-port", "0"]  # any free ones
+            # Any free ones.
+            command += ["--min-worker-port", "0", "--max-worker-port", "0", "--dashboard-agent-listen-port", "0"]
             command += ["--num-gpus", str(self._gpus), "--num-cpus", str(4 + 2 * self._gpus)]
             command += ["--object-store-memory", str(200 * 1024**2), "--temp-dir", str(self.folder / f"ray{attempt}")]
             with self._log.open("wb") as output:
@@ -131,18 +139,20 @@ class Rehearsal:
             deadline = time.monotonic() + RAY_STARTS_S
             while ray.poll() is None and time.monotonic() < deadline:
                 if "Ray runtime started" in self._log.read_text(errors="replace"):
-                    self.environment["RAY_ADDRESS"] = f"{address}:{port}"
+                    self.environment["RAY_ADDRESS"] = f"{HOST}:{port}"
                     return
                 time.sleep(0.2)
         raise UserError(f"Ray did not start; its output is in {self._log}")
 
 
-def _start_keeper(folder: Path) -> subprocess.Popen:
+def _start_keeper(folder: Path, *holds: int) -> subprocess.Popen:
+    """Start ``keeper.py``, which keeps the file descriptors ``holds`` open as long as it runs."""
     keeper = subprocess.Popen(
         [sys.executable, "-I", str(HERE / "keeper.py"), str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
+        pass_fds=holds,
         cwd="/",
     )
     keeper.stdout.readline()  # from here on it is deaf to signals that end us
@@ -161,16 +171,6 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-def _own_address() -> str:
-    """This machine's address, as Ray finds it: Ray takes no loopback address. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("8.8.8.8", 80))
-            return probe.getsockname()[0]
-        except OSError:
-            return HOST
 
 
 def _check_no_gpu() -> None:

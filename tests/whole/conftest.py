@@ -58,10 +58,10 @@ class Loop:
         """The same with another checkout of slime."""
         return Loop(self._python, slime, self.megatron, self.folder)
 
-    def start(self, module: str, *arguments) -> subprocess.Popen:
-        """Run a module in that environment."""
+    def start(self, module: str, *arguments, **variables: str) -> subprocess.Popen:
+        """Run a module in that environment, with more variables."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-        environment["OMP_NUM_THREADS"] = "1"
+        environment |= {"OMP_NUM_THREADS": "1", **variables}
         command = [self._python, "-m", module, *map(str, arguments)]
         with (self.folder / "output.log").open("ab") as output:
             return subprocess.Popen(command, stdout=output, stderr=output, cwd=REPOSITORY, env=environment)
@@ -74,16 +74,18 @@ class Loop:
             assert status == 0, (self.folder / "output.log").read_text()[-4000:]
         return folder
 
-    def start_run(self, folder: Path, gpus: int, script: Path, *flags, dtype: str = "bfloat16") -> subprocess.Popen:
+    def start_run(
+        self, folder: Path, gpus: int, script: Path, *flags, dtype: str = "bfloat16", **variables: str
+    ) -> subprocess.Popen:
         """``tests.whole.loop`` with its results in ``folder``, which ``{folder}`` in a flag stands for."""
         flags = [str(flag).format(folder=folder) for flag in flags]
         roots = (self.slime, self.megatron, self.model(dtype))
-        return self.start("tests.whole.loop", *roots, folder, gpus, script, *flags)
+        return self.start("tests.whole.loop", *roots, folder, gpus, script, *flags, **variables)
 
-    def __call__(self, name: str, gpus: int, script: Path, *flags, dtype: str = "bfloat16") -> Run:
+    def __call__(self, name: str, gpus: int, script: Path, *flags, dtype: str = "bfloat16", **variables: str) -> Run:
         """A whole run; fails the test with the end of its log if it ended with an error."""
         folder = self.folder / name
-        status = self.start_run(folder, gpus, script, *flags, dtype=dtype).wait()
+        status = self.start_run(folder, gpus, script, *flags, dtype=dtype, **variables).wait()
         log = folder / "train.log"
         assert status == 0, (log if log.exists() else self.folder / "output.log").read_text(errors="replace")[-6000:]
         return Run(folder)

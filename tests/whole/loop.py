@@ -2,7 +2,8 @@
 
 Runs in the environment of ``make test-whole``. MODEL is a checkpoint that ``tests.whole.model`` wrote. SCRIPT is
 slime's train script or ours; FLAGS come after the common ones and win over them. OUT gets ``train.log``, ``ray.log``,
-``rehearsal`` (its folder's name), and ``metrics.json``: slime's TensorBoard scalars and what the end left behind.
+``rehearsal`` (its folder's name), and ``metrics.json``: slime's TensorBoard scalars, what wandb wrote to ``OUT/wandb``,
+and what the end left behind.
 """
 
 import json
@@ -15,6 +16,7 @@ from slime_fipo.rehearsal.cluster import Rehearsal
 from slime_fipo.rehearsal.flags import MEGATRON_FLAGS, SGLANG_FLAGS
 from slime_fipo.rehearsal.metrics import read_scalars
 from tests.whole.model import slime_model_flags
+from tests.whole.wandb_files import read_offline
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 3000.0  # the machine may be busy; nothing asserts a time
@@ -46,11 +48,13 @@ def main(slime: str, megatron: str, model: str, out: str, gpus: str, script: str
         (folder / "rehearsal").write_text(str(rehearsal.folder))
         train = [sys.executable, "-m", "slime_fipo", script, *flags(Path(model), folder), *more]
         status = rehearsal.run(train, folder / "train.log", TIMEOUT_S)
-    metrics = read_scalars(folder / "tensorboard")
-    left = len(keeper.processes(str(rehearsal.folder)))
-    (folder / "metrics.json").write_text(
-        json.dumps({"metrics": metrics, "processes_left": left, "folder_left": os.path.exists(rehearsal.folder)})
-    )
+    result = {
+        "metrics": read_scalars(folder / "tensorboard"),
+        "wandb": read_offline(folder / "wandb"),
+        "processes_left": len(keeper.processes(str(rehearsal.folder))),
+        "folder_left": os.path.exists(rehearsal.folder),
+    }
+    (folder / "metrics.json").write_text(json.dumps(result))
     return status
 
 

@@ -17,6 +17,7 @@ _COMPLETE = {
     "torch": "_fipo_absent_packages:refuse_gpu",
     "transformers.utils.import_utils": "_fipo_absent_packages:not_installed_for_transformers",
     "sglang.srt.configs.utils": "_fipo_absent_packages:no_image_processors",
+    "slime.utils.http_utils": "slime_fipo.rehearsal.ports:keep_to_own_range",
     "slime.utils.accelerator": "slime_fipo.rehearsal.cpu_accelerator:register",
     "slime.utils.reloadable_process_group": "slime_fipo.rehearsal.process_groups:forward_new_names",
     "megatron.core": "slime_fipo.rehearsal.megatron_on_cpu:answer_for_cuda",
