@@ -102,6 +102,46 @@ def check(
     raise typer.Exit(main(context.args, ask_slime=slime_parser, slime_root=slime_root, megatron_root=megatron_root))
 
 
+_REHEARSE_HELP = "\n\n".join(
+    (
+        "Run a train command end to end on this machine, without a GPU: its data, prompts, reward, filters, hooks,"
+        " evaluation and flags through the real slime, Megatron-LM, SGLang and Ray.",
+        "The model becomes a small one of the same family with random weights; batches, lengths and ranks shrink; a"
+        " table says what was changed to what. Three rollouts, a checkpoint, and a run that continues from it.",
+        "It ends with a verdict, one line for each thing seen. Its Ray, ports and files are its own; --save and every"
+        " other folder of the command stay untouched.",
+        "Exit codes: 0 nothing wrong, 1 something is, 2 the command cannot be read or something is missing here.",
+        "Example: slime-fipo rehearse -- python3 -m slime_fipo /root/slime/train.py --loss-type fipo_loss …",
+        "A launch script: REHEARSE=1 bash examples/fipo/run-qwen3-4B.sh",
+    )
+)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    options_metavar="[OPTIONS] -- TRAIN COMMAND",
+    help=_REHEARSE_HELP,
+)
+def rehearse(
+    context: typer.Context,
+    slime_root: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SLIME_ROOT",
+            help="Checkout of slime. By default the folder of the command's train script, or what Python imports.",
+        ),
+    ] = None,
+    megatron_root: Annotated[
+        Path | None,
+        typer.Option(envvar="MEGATRON_ROOT", help="Checkout of Megatron-LM. By default what Python imports."),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="seconds for each of the two runs")] = 1800.0,
+) -> None:
+    from .rehearsal.command import main
+
+    raise typer.Exit(main(context.args, slime_root=slime_root, megatron_root=megatron_root, time_limit_s=time_limit))
+
+
 @app.command()
 def report(
     context: typer.Context,

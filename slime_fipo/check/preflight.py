@@ -178,7 +178,7 @@ def main(
         return 2
     command = dataclasses.replace(command, slime_root=installation.slime)
     findings, config = check_command(command)
-    verdict = ask(command, installation) if ask_slime else Verdict("slime's parser was not asked")
+    verdict = ask(command, installation) if ask_slime else Verdict("slime's parser was not asked", judged=False)
     findings = merged(findings, verdict)
     heading, rows = effective_recipe(command, config)
     table = Table(box=box.SIMPLE_HEAD)

@@ -17,8 +17,8 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,23 @@ _SLIMES_SCRIPTS = ("train.py", "train_async.py")
 
 @dataclass(frozen=True)
 class Verdict:
-    """``summary``: one line on whether the parser was asked, and what it said."""
+    """``summary``: one line on whether the parser was asked, and what it said; ``judged``: whether it could say."""
 
     summary: str
     findings: tuple[Finding, ...] = ()
+    judged: bool = True
 
 
 @dataclass(frozen=True)
 class Installation:
-    """``slime`` and ``megatron`` are checkouts to put on Python's path; ``missing``: what the parser lacks."""
+    """``slime`` and ``megatron`` are checkouts to put on Python's path; ``missing``: what the parser lacks;
+    ``stand_ins`` and ``environment``: one more folder in front of them, and what switches on what is in it."""
 
     slime: Path | None = None
     megatron: Path | None = None
     missing: str = ""
+    stand_ins: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 # -- where slime is --
@@ -119,22 +123,30 @@ def _find(module: str):
 def ask(command: Command, installation: Installation, time_limit: float = TIME_LIMIT) -> Verdict:
     """slime's verdict on the command; a parser that cannot be run is said in the summary, and is no finding."""
     if installation.missing:
-        return Verdict(f"slime's parser was not asked: {installation.missing}; our own table of flags judged alone")
+        reason = f"{installation.missing}; our own table of flags judged alone"
+        return Verdict(f"slime's parser was not asked: {reason}", judged=False)
     if command.args.rollout_external_engine_addrs and not command.args.debug_train_only:
-        return Verdict("slime's parser was not asked: it would call the engines of --rollout-external-engine-addrs")
+        reason = "it would call the engines of --rollout-external-engine-addrs"
+        return Verdict(f"slime's parser was not asked: {reason}", judged=False)
     cases = {
         "command": {"wrapper": command.launcher, "arguments": list(command.arguments)},
         "control": {"wrapper": False, "arguments": CONTROL},
     }
     try:
-        result = run_parser(cases, [p for p in (installation.slime, installation.megatron) if p], time_limit)
+        paths = filter(None, (installation.stand_ins, installation.slime, installation.megatron))
+        result = run_parser(cases, list(paths), time_limit, installation.environment)
     except (OSError, RuntimeError) as problem:
-        return Verdict(f"slime's parser could not be asked: {problem}")
+        return Verdict(f"slime's parser could not be asked: {problem}", judged=False)
     return judge(command, installation.slime, result)
 
 
-def run_parser(cases: dict[str, Any], paths: Sequence[Path], time_limit: float = TIME_LIMIT) -> dict[str, Any]:
-    """What ``parser_process`` says of ``cases``, with ``paths`` in front of Python's own.
+def run_parser(
+    cases: dict[str, Any],
+    paths: Sequence[Path],
+    time_limit: float = TIME_LIMIT,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What ``parser_process`` says of ``cases``, with ``paths`` in front of Python's own and more variables.
 
     Raises:
         RuntimeError: it did not end in time, or died; one line.
@@ -149,7 +161,7 @@ def run_parser(cases: dict[str, Any], paths: Sequence[Path], time_limit: float =
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env=_environment(paths, home),
+            env=_environment(paths, home) | dict(environment or {}),
             start_new_session=True,  # its forks end with it
         )
         try:
@@ -200,7 +212,7 @@ def judge(command: Command, slime: Path, result: dict[str, Any]) -> Verdict:
         result: of :func:`run_parser`, with the cases ``command`` and ``control``.
     """
     if "unavailable" in result:
-        return Verdict(f"slime's parser could not be asked: {_crash(result['unavailable'])}")
+        return Verdict(f"slime's parser could not be asked: {_crash(result['unavailable'])}", judged=False)
     case, control = result["cases"]["command"], result["cases"]["control"]
     sglang = f"SGLang {result['sglang']}" if "sglang" in result else "SGLang"  # each version has other flags
     name = f"slime's parser ({slime}, {sglang})"
@@ -209,13 +221,13 @@ def judge(command: Command, slime: Path, result: dict[str, Any]) -> Verdict:
         return Verdict(f"{name} takes the command" + (", but not all of it" if findings else ""), findings)
     crash = case["error"]
     if case["status"] < 0 or case["status"] == FORK_FAILED:
-        return Verdict(f"{name} could not be asked: its process ended with {case['status']}")
+        return Verdict(f"{name} could not be asked: its process ended with {case['status']}", judged=False)
     if crash is None:
         if case["status"] == 0:  # --help, --version
             return Verdict(f"{name} was asked: the command ends before it trains")
         refusal = _last_error(case["output"])
     elif _is_environment(case, control, result["missing"]):
-        return Verdict(f"{name} cannot judge the command on this machine: {_crash(crash)}")
+        return Verdict(f"{name} cannot judge the command on this machine: {_crash(crash)}", judged=False)
     elif {"AssertionError", "ValueError", "OSError", "NotImplementedError"} & set(crash["types"]) and crash["message"]:
         refusal = _one_line(crash["message"])
     else:

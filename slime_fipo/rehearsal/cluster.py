@@ -24,6 +24,7 @@ from . import ports
 
 MARK = "SLIME_FIPO_REHEARSAL"
 HERE = Path(__file__).resolve().parent
+SITE = HERE / "site"  # in front on PYTHONPATH, it puts the stand-ins into every process that has MARK
 HOST = "127.0.0.2"  # reached from this machine only; for 127.0.0.1 Ray takes the address on the network
 RAY_STARTS_S = 300.0  # two busy cores need half a minute
 RAY_ATTEMPTS = 3  # Ray gives its own processes 30 s to come up, which a busy machine may not keep
@@ -38,18 +39,26 @@ class Rehearsal:
         gpus: logical GPUs, as many as actor and rollout ranks together.
         log: Ray's own output goes to this file.
         environment: more variables for every process.
+        paths: more folders for PYTHONPATH, behind the checkouts.
 
     Raises:
         UserError: a GPU is visible, a checkout is not there, no ports are free, or Ray does not start.
     """
 
     def __init__(
-        self, slime_root: Path, megatron_root: Path, *, gpus: int, log: Path, environment: dict[str, str] | None = None
+        self,
+        slime_root: Path,
+        megatron_root: Path,
+        *,
+        gpus: int,
+        log: Path,
+        environment: dict[str, str] | None = None,
+        paths: Sequence[Path] = (),
     ) -> None:
-        _check_no_gpu()
+        check_machine()
         _check_checkouts(slime_root, megatron_root)
         self._gpus, self._log = gpus, log
-        self._paths = [HERE / "site", HERE.parents[1], slime_root.resolve(), megatron_root.resolve()]
+        self._paths = [SITE, HERE.parents[1], slime_root.resolve(), megatron_root.resolve(), *paths]
         self._more = environment or {}
         self._stack = ExitStack()
 
@@ -173,7 +182,8 @@ def _free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _check_no_gpu() -> None:
+def check_machine() -> None:
+    """Raises UserError where a GPU is visible."""
     found = [f"torch sees {torch.cuda.device_count()} GPU(s)"] if torch.cuda.device_count() else []
     found += map(str, Path("/dev").glob("nvidia[0-9]*"))
     if found:

@@ -24,6 +24,11 @@ _COMPLETE = {
     "megatron.core.optimizer.distrib_optimizer": "slime_fipo.rehearsal.megatron_on_cpu:keep_adam_step",
     "megatron.training.utils": "slime_fipo.rehearsal.megatron_on_cpu:answer_architecture",
 }
+if os.environ.get("SLIME_FIPO_WATCH"):  # slime-fipo rehearse writes down what the user's code does
+    _COMPLETE |= {
+        "slime.utils.misc": "slime_fipo.rehearsal.watch:count_hooks",
+        "slime.rollout.rm_hub": "slime_fipo.rehearsal.reward_trial:plant_answers",
+    }
 
 
 class _CompletingFinder:
