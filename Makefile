@@ -14,9 +14,10 @@ export OMP_NUM_THREADS ?= 2
 
 # The whole of slime without a GPU: an environment of its own, whose numpy and SGLang the tests' own cannot have.
 WHOLE_VENV ?= .venv-whole
-SGLANG := sglang==0.5.15.post1 sglang-router==0.3.2
+SGLANG_VERSION ?= 0.5.15.post1
+WHOLE_STAMP := $(WHOLE_VENV)/.installed-loop-$(SGLANG_VERSION)
 
-.PHONY: help demo demo-slime compare test test-slime test-whole test-cluster bench bench-gpu screenshots lint clean
+.PHONY: help demo demo-slime compare rehearsal-env test test-slime test-whole test-cluster bench bench-gpu screenshots lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,8 +25,11 @@ help: ## show this list
 demo: $(VENV)/.installed-local ## train a small model with FIPO on this machine (about 2 minutes, CPU)
 	$(BIN)/slime-fipo local --save runs/demo --fipo-record runs/demo/records --fipo-record-interval 3 $(ARGS)
 
-demo-slime: $(WHOLE_VENV)/.installed-loop ## the demo's task through slime's own train.py, no GPU: SLIME_ROOT=… MEGATRON_ROOT=…
+demo-slime: $(WHOLE_STAMP) ## the demo's task through slime's own train.py, no GPU: SLIME_ROOT=… MEGATRON_ROOT=…
 	$(WHOLE_VENV)/bin/python -m slime_fipo.rehearsal.demo --slime-root "$(SLIME_ROOT)" --megatron-root "$(MEGATRON_ROOT)" $(ARGS)
+
+rehearsal-env: $(WHOLE_STAMP) ## an environment whose bin/slime-fipo can rehearse a launch command without a GPU (3.2 GB)
+	@echo "$(abspath $(WHOLE_VENV))/bin/slime-fipo rehearse --slime-root … --megatron-root … -- <train command>"
 
 compare: $(VENV)/.installed-local ## DAPO against FIPO, several seeds (about half an hour, CPU)
 	$(BIN)/slime-fipo compare $(ARGS)
@@ -36,7 +40,7 @@ test: $(VENV)/.installed-dev ## all tests that need neither a cluster nor a GPU
 test-slime: $(VENV)/.installed-dev $(VENV)/.installed-sglang ## tests against a checkout of slime: SLIME_ROOT=… [MEGATRON_ROOT=…]
 	$(BIN)/python -m pytest -m slime $(ARGS)
 
-test-whole: $(VENV)/.installed-dev $(WHOLE_VENV)/.installed-loop ## slime, Megatron-LM, SGLang and Ray whole, no GPU: SLIME_ROOT=… MEGATRON_ROOT=…
+test-whole: $(VENV)/.installed-dev $(WHOLE_STAMP) ## slime, Megatron-LM, SGLang and Ray whole, no GPU: SLIME_ROOT=… MEGATRON_ROOT=…
 	WHOLE_PYTHON="$(abspath $(WHOLE_VENV))/bin/python" $(BIN)/python -m pytest -m whole $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev $(VENV)/.installed-cluster ## launch scripts on real Ray and real Slurm, on this machine
@@ -72,9 +76,10 @@ $(VENV)/.installed-sglang: $(VENV)/.installed-slime
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sglang sglang-router
 	touch $@
 
-$(WHOLE_VENV)/.installed-loop: pyproject.toml
+$(WHOLE_STAMP): pyproject.toml
 	$(MAKE) VENV="$(WHOLE_VENV)" "$(WHOLE_VENV)/.installed-whole"
-	$(WHOLE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(SGLANG)
+	$(WHOLE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		"sglang==$(SGLANG_VERSION)" sglang-router==0.3.2
 	touch $@
 
 .PRECIOUS: $(TORCH_STAMP) $(VENV)/.installed-%

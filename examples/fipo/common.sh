@@ -15,6 +15,8 @@
 #   EVAL_INTERVAL, EVAL_SAMPLES, WANDB_PROJECT (empty: no wandb)
 #   SAVE_INTERVAL   rollouts between checkpoints; each holds the optimizer, 14 bytes per parameter
 #   KEEP_CHECKPOINTS  newest (a checkpoint is deleted when the next one is complete, so SAVE needs room for two) or all
+#   REHEARSE=1      run the command small, on this machine's CPU, and submit nothing: slime-fipo rehearse, with
+#                   REHEARSAL_PYTHON (by default that of `make rehearsal-env`, else python3)
 #   CHECK=0         submit without looking at this machine's checkouts, and without `slime-fipo check`
 #   DRY_RUN=1       print the command and do nothing
 #
@@ -89,6 +91,21 @@ value_of() {
    echo "${2:-}"
 }
 
+# rehearse TRAIN COMMAND: runs it small on this machine's CPU; DRY_RUN=1 prints how
+rehearse() {
+   local python="${REHEARSAL_PYTHON:-${FIPO_DIR}/.venv-whole/bin/python}"
+   [[ -n ${REHEARSAL_PYTHON:-} || -x ${python} ]] || python=python3
+   local -a command=(
+      env "PYTHONPATH=${FIPO_DIR}${PYTHONPATH:+:${PYTHONPATH}}"
+      "${python}" -m slime_fipo.cli rehearse --slime-root "${SLIME_DIR}" --megatron-root "${MEGATRON_DIR}" -- "$@"
+   )
+   if [[ ${DRY_RUN:-0} == 1 ]]; then
+      quoted "${command[@]}"
+   else
+      "${command[@]}"
+   fi
+}
+
 launch() {
    local argument
    local -a loss_args eval_data=() wandb_args=()
@@ -120,7 +137,7 @@ launch() {
          ;;
       *) echo "KEEP_CHECKPOINTS is ${KEEP_CHECKPOINTS}; it must be newest or all" >&2; return 2 ;;
    esac
-   if [[ ${DRY_RUN:-0} != 1 && -z ${RAY_ADDRESS:-} && ${NUM_NODES} -gt 1 ]]; then
+   if [[ ${DRY_RUN:-0} != 1 && ${REHEARSE:-0} != 1 && -z ${RAY_ADDRESS:-} && ${NUM_NODES} -gt 1 ]]; then
       echo "this run takes ${NUM_NODES} nodes: set RAY_ADDRESS to their Ray cluster, or submit it with slurm/fipo.sbatch" >&2
       return 2
    fi
@@ -253,6 +270,10 @@ launch() {
       "$@"
    )
 
+   if [[ ${REHEARSE:-0} == 1 ]]; then
+      rehearse "${train[@]}"
+      return
+   fi
    if [[ ${DRY_RUN:-0} != 1 && ${CHECK:-1} != 0 ]]; then
       require_checkouts
       PYTHONPATH="${FIPO_DIR}:${MEGATRON_DIR}${PYTHONPATH:+:${PYTHONPATH}}" \

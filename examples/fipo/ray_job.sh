@@ -25,7 +25,7 @@ require() {
    fi
 }
 require python3 "activate the environment that has slime and Ray, or run this in slime's container"
-[[ ${DRY_RUN:-0} == 1 ]] || require ray "pip install 'ray[default]', or run this in slime's container"
+[[ ${DRY_RUN:-0} == 1 || ${REHEARSE:-0} == 1 ]] || require ray "pip install 'ray[default]', or run this in slime's container"
 
 # quoted WORD...: the words as one line that a shell reads back as the same words
 quoted() {

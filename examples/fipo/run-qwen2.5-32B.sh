@@ -1,6 +1,6 @@
 #!/bin/bash
 # The paper's 32B run (Table 2): FIPO on Qwen2.5-32B, 16 nodes of 8×80 GB.
-# LOSS=policy_loss runs the DAPO baseline. Every variable: common.sh. DRY_RUN=1 prints the command.
+# LOSS=policy_loss: the DAPO baseline. DRY_RUN=1 prints the command, REHEARSE=1 tries it on a CPU. Others: common.sh.
 set -euo pipefail
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 

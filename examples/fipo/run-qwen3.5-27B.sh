@@ -1,6 +1,6 @@
 #!/bin/bash
 # FIPO on Qwen3.5-27B, two nodes of 8×80 GB.
-# LOSS=policy_loss runs the DAPO baseline. Every variable: common.sh. DRY_RUN=1 prints the command.
+# LOSS=policy_loss: the DAPO baseline. DRY_RUN=1 prints the command, REHEARSE=1 tries it on a CPU. Others: common.sh.
 set -euo pipefail
 SCRIPT_DIR="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 

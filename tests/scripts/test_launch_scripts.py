@@ -261,3 +261,24 @@ def test_math_7b_extends_the_context_before_it_checks(tmp_path):
     assert extended == {"max_position_embeddings": 32768}
     assert of(MATH_7B)["--max-position-embeddings"] == ["32768"]
     assert "positions; shorten" not in result.stdout
+
+
+@by_script
+def test_a_rehearsal_gets_the_command_that_the_job_would_run(script):
+    job = dry_run(script, "--num-rollout", "7")
+    rehearsal = dry_run(script, "--num-rollout", "7", REHEARSE="1")
+    command = rehearsal[rehearsal.index("--") + 1 :]
+    assert command == job[len(job) - len(command) :]
+    assert command[:3] == ["python3", "-m", "slime_fipo"]
+    assert {"--slime-root", "--megatron-root", "rehearse"} <= set(rehearsal[: rehearsal.index("--")])
+
+
+def test_a_rehearsal_needs_no_ray_and_submits_nothing(tmp_path):
+    """Where parts are missing it says which, before anything is started or written."""
+    environment = machine(tmp_path, without=("ray",), REHEARSE="1")
+    result = subprocess.run(
+        ["bash", str(EXAMPLES / "run-qwen3-4B.sh")], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("slime-fipo rehearse: --slime-root") and result.stdout == ""
+    assert not (tmp_path / "save").exists()
