@@ -308,7 +308,7 @@ _MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("–", "dim
 def _verdict_table(lines: list[Line]) -> Table:
     table = Table(title="verdict", box=box.SIMPLE, show_header=False, title_justify="left")
     table.add_column()
-    table.add_column(overflow="fold", max_width=44)
+    table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for line in lines:
         mark, style = _MARKS[line.ok]

@@ -14,7 +14,9 @@ from typing import Any
 
 from ..algorithm import FipoConfig
 from ..check.command import Command
-from .metrics import read_scalars
+from ..errors import UserError
+from ..records import read_records
+from .metrics import read_scalars, read_wandb
 from .reward_trial import FORMS, chosen_form
 from .shrink import NUM_ROLLOUT
 from .watch import events
@@ -94,6 +96,8 @@ def judge(command: Command, config: FipoConfig | None, first: Seen, second: Seen
     if config is not None:
         yield _weights(first, steps)
     yield _tracker(command, first)
+    if config is not None and getattr(args, "fipo_record", None):
+        yield _records(first)
     if args.eval_interval is not None:
         yield _evaluation(command, first)
     yield _checkpoint(first, second, steps)
@@ -113,15 +117,16 @@ def _rewards(seen: Seen) -> Iterator[Line]:
     if not tried:
         yield Line("reward", None, "slime called none")
     for event in tried:
-        yield Line(f"reward {event['name']}", *_reward(event))
+        ok, text = _reward(event)
+        yield Line("reward", ok, f"{event['name'].removeprefix('--custom-rm-path ')} {text}")
 
 
 def _reward(event: dict[str, Any]) -> tuple[bool | None, str]:
     label, values, asked = event["label"], event["values"], event["asked"]
     if event["error"]:
-        return False, f"it raised {event['error']}"
+        return False, f"raised {event['error']}"
     if label is None:
-        return None, "not tried: the samples have no label (--label-key)"
+        return None, "was not tried: the samples have no label (--label-key)"
     plain = values[""]
     read = [form for form in FORMS if values.get(form, plain) > plain]
     wanted = " or ".join(_example(form, label) for form in asked)
@@ -145,16 +150,16 @@ def _example(form: str, label: str) -> str:
 
 
 def _filter(path: str, seen: Seen) -> Line:
-    what = f"--dynamic-sampling-filter-path {path}"
+    what = "dynamic sampling"
     groups = [event for event in seen.events if event["kind"] == "filter" and event["path"] == path]
     if not groups:
-        return _unseen(seen, what, "never judged a group")
+        return _unseen(seen, what, f"{path} never judged a group")
     varied: Counter[bool] = Counter()
     equal: Counter[bool] = Counter()
     for event in groups:
         (varied if len(set(event["rewards"])) > 1 else equal)[event["keep"]] += 1
     text = (
-        f"kept {varied[True]} of {varied.total()} groups with different rewards, dropped {equal[False]} of"
+        f"{path} kept {varied[True]} of {varied.total()} groups with different rewards, dropped {equal[False]} of"
         f" {equal.total()} with equal ones"
     )
     if varied.total() == 0:
@@ -208,13 +213,27 @@ def _tracker(command: Command, seen: Seen) -> Line:
     own = command.args.use_wandb or "--use-tensorboard" in command.arguments
     text = f"{counts} metrics arrived"
     if command.args.use_wandb:
-        runs = list((seen.folder / "wandb").rglob("run-*.wandb"))
-        if not runs:
-            return Line("tracker", False, f"{text} in TensorBoard, and no run in wandb")
-        text += f"; wandb wrote {len(runs)} offline run(s)"
+        lost = seen.scalars.keys() - read_wandb(seen.folder / "wandb").keys()
+        if lost:
+            return Line("tracker", False, f"{text} in TensorBoard, but {_some(sorted(lost))} not in wandb")
+        text += ", in wandb too (offline)"
     elif not own:
         text += "; the command has no tracker (--use-wandb or --use-tensorboard)"
     return Line("tracker", True, text)
+
+
+def _records(seen: Seen) -> Line:
+    try:
+        found = read_records(seen.folder / "records")
+    except UserError as error:
+        return _unseen(seen, "token records", str(error))
+    steps = {(record.header.rollout_id, record.header.step_id) for record in found.records}
+    text = f"{len(found.records)} responses of {len(steps)} steps written and read"
+    return Line("token records", not found.missing, "; ".join([text, *found.missing[:1]]))
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _evaluation(command: Command, seen: Seen) -> Line:
@@ -282,12 +301,11 @@ def _hooks(command: Command, first: Seen, second: Seen | None) -> Iterator[Line]
             else:
                 calls[event["path"]] += 1
     for path, flag in hook_flags(command).items():
-        what = f"{flag} {path}"
         if errors[path]:
-            yield Line(what, False, f"raised {errors[path][0]}")
+            yield Line(flag, False, f"{path} raised {errors[path][0]}")
         elif calls[path]:
-            yield Line(what, True, f"called {calls[path]} times")
+            yield Line(flag, True, f"{path} was called {calls[path]} times")
         elif path in loaded:
-            yield Line(what, None, "loaded, and never called")
+            yield Line(flag, None, f"{path} was loaded, and never called")
         else:
-            yield Line(what, None, "never loaded")
+            yield Line(flag, None, f"{path} was never loaded")

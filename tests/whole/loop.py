@@ -14,9 +14,8 @@ from pathlib import Path
 from slime_fipo.rehearsal import keeper
 from slime_fipo.rehearsal.cluster import Rehearsal
 from slime_fipo.rehearsal.flags import MEGATRON_FLAGS, SGLANG_FLAGS
-from slime_fipo.rehearsal.metrics import read_scalars
+from slime_fipo.rehearsal.metrics import read_scalars, read_wandb
 from tests.whole.model import slime_model_flags
-from tests.whole.wandb_files import read_offline
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 3000.0  # the machine may be busy; nothing asserts a time
@@ -50,7 +49,7 @@ def main(slime: str, megatron: str, model: str, out: str, gpus: str, script: str
         status = rehearsal.run(train, folder / "train.log", TIMEOUT_S)
     result = {
         "metrics": read_scalars(folder / "tensorboard"),
-        "wandb": read_offline(folder / "wandb"),
+        "wandb": read_wandb(folder / "wandb"),
         "processes_left": len(keeper.processes(str(rehearsal.folder))),
         "folder_left": os.path.exists(rehearsal.folder),
     }
