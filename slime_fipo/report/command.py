@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import UserError
+from ..records.text import Decoders
 from .inputs import DumpOptions, read_inputs
 from .page import write_page
 from .selection import select
 from .terminal import find_response, parse_sample, print_response
-from .text import Decoders
 
 REPORT_FILE = "report.html"
 SAMPLES = 64

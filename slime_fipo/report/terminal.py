@@ -11,9 +11,9 @@ from rich.text import Text
 
 from ..errors import UserError
 from ..records import Fate, TokenRecord
+from ..records.text import CONTINUATION, Decoders
 from .inputs import Run
 from .statistics import response_row
-from .text import CONTINUATION, Decoders
 
 _BLUE, _ORANGE = (33, 102, 172), (179, 88, 6)  # below and above 1: the ends of a colour-blind safe diverging scale
 _MARKS = (

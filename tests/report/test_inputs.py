@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from slime_fipo.cli import app
 from slime_fipo.errors import UserError
 from slime_fipo.records import Fate, StepHeader, read_records, write_step
+from slime_fipo.records.text import Decoders
 from slime_fipo.report.command import write_report
 from slime_fipo.report.inputs import DumpOptions, read_inputs
 from slime_fipo.report.selection import extremeness, select
 from slime_fipo.report.statistics import noise, response_row, trend
 from slime_fipo.report.terminal import print_response
-from slime_fipo.report.text import Decoders
 
 from .rig import ALPHABET, CONFIG, make_records, write_rollout
 
