@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ..algorithm import FipoConfig, fipo_weights
+from ..algorithm.context_parallel import chunk_edges, own_chunks
 from ..errors import UserError
 from .packed import FATE_METRICS, token_fates
 from .schema import StepHeader, TokenRecord
@@ -384,13 +385,8 @@ def zigzag_spans(total: int, response: int, padded: int, cp_size: int, rank: int
         total, response: tokens of the whole sequence and of its response.
         padded: length that is cut into chunks, ``total`` unless sequences are padded to one length.
     """
-    chunk = -(-padded // (2 * cp_size))
-    first = total - response - 1  # the logit that predicts the first response token
-    edges = [min(max(k * chunk - first, 0), response) for k in range(2 * cp_size + 1)]
-    edges[0], edges[-1] = 0, response
-    if cp_size == 1:
-        return [(0, response)]
-    return [(edges[k], edges[k + 1]) for k in (rank, 2 * cp_size - 1 - rank)]
+    edges = chunk_edges(total, response, -(-padded // (2 * cp_size)), cp_size)
+    return [(edges[chunk], edges[chunk + 1]) for chunk in own_chunks(rank, cp_size)]
 
 
 def _steps(data: dict) -> dict[int, int]:
