@@ -103,6 +103,11 @@ class SlimeDump:
         return sorted({*self._train, *self._rollout})
 
     @property
+    def trained_ids(self) -> list[int]:
+        """Rollouts of which training data is there: the only ones of which :meth:`read` has records."""
+        return sorted(self._train)
+
+    @property
     def tokenizer(self) -> str | None:
         """The folder's tokenizer, if slime saved one."""
         folder = self.folder / "tokenizer"
@@ -153,6 +158,11 @@ class SlimeDump:
             found.missing.append(
                 f"rollout {rollout_id}: tokens of {len(holes)} responses ({', '.join(map(str, holes[:5]))}"
                 f"{', …' if len(holes) > 5 else ''}) are missing; files of some context-parallel ranks are not there"
+            )
+        if self.use_rollout_logprobs and (lacking := [n for n in _VALUES if not all(n in s.values for s in samples)]):
+            found.missing.append(
+                f"rollout {rollout_id}: train_data holds no {' and no '.join(lacking)} of some responses, so Δ, F and f"
+                " cannot be rebuilt in spite of --use-rollout-logprobs"
             )
         groups = _groups(rollout, expected)
         sizes = Counter(groups)
@@ -206,10 +216,9 @@ class SlimeDump:
 
     def _rebuild(self, samples: Sequence[_Sample]) -> dict[str, np.ndarray] | None:
         """Δ, F, f and fate of one step's samples packed, or None where the dump does not hold what they need."""
-        needed = ("log_probs", "rollout_log_probs", "advantages")
-        if not self.use_rollout_logprobs or not samples or not all(n in s.values for s in samples for n in needed):
+        if not self.use_rollout_logprobs or not samples or not all(n in s.values for s in samples for n in _VALUES):
             return None
-        packed = [torch.from_numpy(np.concatenate([s.values[n] for s in samples])) for n in needed]
+        packed = [torch.from_numpy(np.concatenate([s.values[n] for s in samples])) for n in _VALUES]
         loss_mask = np.concatenate([s.loss_mask for s in samples])
         result = fipo_weights(*packed, torch.from_numpy(loss_mask), [s.response_length for s in samples], self.config)
         return {
