@@ -170,7 +170,7 @@ def report(
         _fail(f"slime-fipo report needs the package {error.name}: pip install '/path/to/slime-fipo[report]'")
     try:
         try:
-            config = FipoConfig() if fipo_preset is None else FipoConfig.preset(fipo_preset)
+            config = None if fipo_preset is None else FipoConfig.preset(fipo_preset)
         except ValueError as error:
             raise UserError(f"--fipo-{error}") from None
         dumps = DumpOptions(config, use_rollout_logprobs, tuple(rollout or ()))

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from slime_fipo import FipoConfig, fipo_policy_loss, fipo_weights
 from slime_fipo.algorithm import ContextParallel
+from slime_fipo.algorithm.context_parallel import own_chunks
 
 RESPONSES = (1500, 1, 640, 97)
 CONFIG = FipoConfig.preset("7b")
@@ -38,7 +39,7 @@ def zigzag(rank: int, size: int) -> tuple[torch.Tensor, list[int], list[list[int
     for n in RESPONSES:
         edges = [min(start + i * -(-n // (2 * size)), start + n) for i in range(2 * size + 1)]
         chunk_lengths.append([b - a for a, b in itertools.pairwise(edges)])
-        own = [i for c in (rank, 2 * size - 1 - rank) for i in range(edges[c], edges[c + 1])]
+        own = [i for c in own_chunks(rank, size) for i in range(edges[c], edges[c + 1])]
         index, lengths, start = index + own, [*lengths, len(own)], start + n
     return torch.tensor(index), lengths, chunk_lengths
 

@@ -3,7 +3,8 @@
 The layout is the zigzag one of Megatron and slime: of n ranks, rank r holds chunks r and 2n − 1 − r of every
 sequence, end to end; either may hold no response token. What a chunk contributes to everything before it is one
 number, its Future-KL at its first token, so the ranks exchange two sums per response and the count that the sequence
-filter needs, whatever the length. Nothing here knows how a host cuts its sequences; it passes the chunks' lengths.
+filter needs, whatever the length. :func:`own_chunks` and :func:`chunk_edges` are the layout; hosts pass the chunks'
+lengths.
 
 No rank is left waiting: a rank that refuses its arguments takes part in the collective first, says so there, and every
 rank raises. A batch without responses needs no collective, on any rank.
@@ -23,6 +24,25 @@ from .packed import check_lengths, check_tokens, per_response_sum, per_token, to
 from .scan import log_decay_of
 
 REFUSED = -1.0  # sent in place of the fingerprint by a rank that cannot compute its part
+
+
+def own_chunks(rank: int, size: int) -> tuple[int, int]:
+    """The two of a sequence's 2 · ``size`` chunks that ``rank`` holds, in the order in which it holds them."""
+    return rank, 2 * size - 1 - rank
+
+
+def chunk_edges(total: int, response: int, chunk_size: int, size: int) -> list[int]:
+    """Where the chunks of a sequence begin and end in its response [2 · size + 1]: chunk k has tokens [e_k, e_k+1).
+
+    A response token belongs to the chunk of the position before it, whose logit predicts it.
+
+    Args:
+        total, response: tokens of the whole sequence and of its response.
+        chunk_size: positions per chunk.
+    """
+    first = total - response - 1  # position of the logit that predicts the first response token
+    inner = (min(max(k * chunk_size - first, 0), response) for k in range(1, 2 * size))
+    return [0, *inner, response]
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,7 @@ class ContextParallel:
         chunks = check_lengths(chunks.flatten(), name="cp.chunk_lengths").view(wanted)
         if not torch.equal(self._own(chunks).sum(1), lengths):
             raise ValueError(
-                f"lengths must be this rank's tokens per response, chunks {self._own_chunks()} of cp.chunk_lengths:"
+                f"lengths must be this rank's tokens per response, chunks {self.own_chunks} of cp.chunk_lengths:"
                 f" {self._own(chunks).sum(1).tolist()}; it is {lengths.tolist()}"
             )
         if trained_tokens:
@@ -70,12 +90,13 @@ class ContextParallel:
                 )
         return chunks
 
-    def _own_chunks(self) -> list[int]:
-        rank, size = self.group.rank(), self.group.size()
-        return [rank, 2 * size - 1 - rank]
+    @property
+    def own_chunks(self) -> list[int]:
+        """This rank's chunks, :func:`own_chunks`."""
+        return list(own_chunks(self.group.rank(), self.group.size()))
 
     def _own(self, chunks: Tensor) -> Tensor:
-        return chunks[:, self._own_chunks()]
+        return chunks[:, self.own_chunks]
 
     def segments(self, chunks: Tensor) -> Tensor:
         """Lengths of this rank's 2B chunks in packed order, int64 [2B]."""

@@ -162,10 +162,6 @@ def _add_training_arguments(group) -> None:
         action="store_false",
         help="do not divide a group's rewards by their standard deviation (Dr. GRPO)",
     )
-    group.add_argument(
-        "--slime-root",
-        help="checkout of slime whose real loss_function, with the FIPO plugin, takes the place of the engine's own",
-    )
     group.add_argument("--lr", type=_LEARNING_RATE, default=1e-4, help="learning rate (Adam)")
     group.add_argument("--weight-decay", type=number(float, 0, 1e6), default=0.01, help="decoupled weight decay")
     group.add_argument("--adam-beta1", type=_BETA, default=0.9, help="Adam beta 1")
@@ -262,8 +258,6 @@ def _check_values(args: argparse.Namespace) -> None:
         raise UserError(f"--eval-prompt-data {name!r}: not a name for metrics; choose another, such as heldout")
     if args.record is not None and _lies_in(args.record.folder, Path(args.save, "checkpoints")):
         raise UserError(f"--fipo-record {args.record.folder} is inside the run's checkpoints; choose another folder")
-    if args.record is not None and args.slime_root is not None:
-        raise UserError("--fipo-record records the engine's own loss, not that of --slime-root; drop one of them")
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

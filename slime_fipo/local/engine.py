@@ -7,7 +7,6 @@ everything else is a function of that and the configuration.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import time
 from pathlib import Path
@@ -32,8 +31,7 @@ from .checkpoint import (
     state_tensors,
 )
 from .data import Alphabet, PromptSource, read_jsonl
-from .model import build_model, initialize_megatron, packed_logits
-from .objective import policy_step
+from .model import build_model, initialize_megatron
 from .progress import Progress
 from .recording import Recorder
 from .rollout import Sample, collect_rollout, sample_responses, seeded_generator
@@ -73,9 +71,6 @@ class Engine:
         self.prompt_source = PromptSource(prompts, args.rollout_shuffle, args.rollout_seed)
         self.demo_source = PromptSource(self.demonstrations, True, args.seed)
 
-        self.step_function = policy_step
-        if args.slime_root is not None:
-            self.step_function = _slime_step(args)
         # Read before the run directory is made, so that a bad --load leaves none behind.
         resumes = bool(checkpoint_files(Path(args.save, "checkpoints")))
         self.initial = None if resumes else _checkpoint_to_load(args)
@@ -93,9 +88,9 @@ class Engine:
     def run(self, progress: Progress) -> None:
         """Continue from the newest checkpoint to the end, and leave the report."""
         self.progress = progress
+        self.recorder = None
         if self.args.record is not None:
-            record = Recorder(self.args.record, self.args, progress.say)
-            self.step_function = functools.partial(policy_step, record=record)
+            self.recorder = Recorder(self.args.record, self.args, progress.say)
         initialize_megatron(self.device, self.args.num_threads)
         longest = max(len(record.prompt) for record in self.prompt_source.records + self.heldout)
         self.model = build_model(
@@ -151,7 +146,7 @@ class Engine:
             sampled = time.monotonic()
             if metrics["rollout/groups_filled_up"] < len(groups):
                 batch = make_rollout_batch(args, self.model, groups, self.device, rollout)
-                metrics |= train_on_rollout(args, self.model, self.optimizer, batch, self.step_function)
+                metrics |= train_on_rollout(args, self.model, self.optimizer, batch, self.recorder)
             else:
                 self.progress.say(
                     f"rollout {rollout}: every group of {args.max_sampling_rounds} sampling rounds had equal rewards;"
@@ -239,15 +234,6 @@ def _checkpoint_to_load(args: argparse.Namespace) -> Checkpoint | None:
     except (KeyError, TypeError):
         raise UserError(f"--load {args.load}: {file} is not a checkpoint of slime-fipo local") from None
     return checkpoint
-
-
-def _slime_step(args: argparse.Namespace):
-    from slime_fipo.plugin.embedded import SlimeStep
-
-    try:
-        return SlimeStep(args.slime_root, args, packed_logits)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _headline(metrics: dict[str, float]) -> str:

@@ -1,23 +1,20 @@
-"""The loss of one optimizer step, and the seam at which slime's own can take its place.
+"""The loss of one optimizer step: the objective of ``slime_fipo.algorithm``, reduced as slime reduces it.
 
-The engine calls a function ``(args, model, batch) -> metrics`` that leaves the step's gradient in the model's
-parameters; batches have slime's data shapes. ``policy_step`` is ours; ``plugin/embedded.py`` has slime's.
+Batches have slime's data shapes, metrics slime's names.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from slime_fipo.algorithm import FipoWeights, fipo_policy_loss
+from slime_fipo.algorithm import fipo_policy_loss
 
 from .model import packed_logits
+from .recording import Recorder
 from .train_data import response_log_probs
-
-Record = Callable[[dict[str, list], torch.Tensor, FipoWeights], None]
 
 
 def reduce_tokens(values: torch.Tensor, loss_masks: list[torch.Tensor], per_token: bool) -> torch.Tensor:
@@ -40,7 +37,7 @@ def reduce_tokens(values: torch.Tensor, loss_masks: list[torch.Tensor], per_toke
 
 
 def policy_objective(
-    args: argparse.Namespace, batch: dict[str, list], logits: torch.Tensor, record: Record | None = None
+    args: argparse.Namespace, batch: dict[str, list], logits: torch.Tensor, recorder: Recorder | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """FIPO's policy loss (``--loss-type policy_loss``: with every weight at 1), reduced as slime reduces it.
 
@@ -48,7 +45,7 @@ def policy_objective(
         args: ``fipo`` holds the effective settings; the clip range and the reduction are slime's flags.
         batch: one step's samples.
         logits: [1, sum of total lengths, vocabulary], packed.
-        record: is shown the batch, the shift [T] and FIPO's weights, and must leave all three as they are.
+        recorder: is shown the batch, the shift [T] and FIPO's weights, and leaves all three as they are.
 
     Returns:
         The loss to minimise, and detached scalars by name: slime's under ``train/``, FIPO's under ``fipo/``.
@@ -71,8 +68,8 @@ def policy_objective(
 
     with torch.no_grad():
         shift = log_probs - old_log_probs
-        if record is not None:
-            record(batch, shift, fipo)
+        if recorder is not None:
+            recorder(batch, shift, fipo)
         ratio = shift.exp()
         clipped = torch.where(advantages > 0, ratio > 1 + args.eps_clip_high, ratio < 1 - args.eps_clip)
         engine_log_probs = log_probs if args.use_rollout_logprobs else old_log_probs
@@ -90,9 +87,9 @@ def policy_objective(
 
 
 def policy_step(
-    args: argparse.Namespace, model: GPTModel, batch: dict[str, list], record: Record | None = None
+    args: argparse.Namespace, model: GPTModel, batch: dict[str, list], recorder: Recorder | None = None
 ) -> dict[str, torch.Tensor]:
     """Forward and backward of one optimizer step; returns :func:`policy_objective`'s metrics."""
-    loss, metrics = policy_objective(args, batch, packed_logits(model, batch["tokens"]), record)
+    loss, metrics = policy_objective(args, batch, packed_logits(model, batch["tokens"]), recorder)
     loss.backward()
     return metrics

@@ -1,4 +1,4 @@
-"""Optimizer steps: supervised on demonstrations, then on rollouts through an objective.
+"""Optimizer steps: supervised on demonstrations, then on rollouts.
 
 Which rollouts and how many is the engine's business; what a step's loss is, ``objective.py``'s.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 
 import torch
 from megatron.core.models.gpt import GPTModel
 
 from .data import END, Alphabet, Record
 from .model import diverged, packed_logits
-from .objective import reduce_tokens
+from .objective import policy_step, reduce_tokens
+from .recording import Recorder
 from .train_data import response_log_probs, select
 
 WARMUP_STEPS = 20  # of base training
@@ -81,19 +81,19 @@ def train_on_rollout(
     model: GPTModel,
     optimizer: torch.optim.Optimizer,
     batch: dict[str, list],
-    step_function: Callable,
+    recorder: Recorder | None = None,
 ) -> dict[str, float]:
-    """One pass over a rollout in steps of ``--global-batch-size`` samples, each through ``step_function``.
+    """One pass over a rollout in steps of ``--global-batch-size`` samples.
 
     Returns:
-        The step function's metrics and the gradient norm, averaged over the steps. At a rollout's first step the policy
-        has not moved yet, so what measures its drift is zero there and counts as such.
+        :func:`policy_step`'s metrics and the gradient norm, averaged over the steps. At a rollout's first step the
+        policy has not moved yet, so what measures its drift is zero there and counts as such.
     """
     model.train()
     steps = []
     for start in range(0, len(batch["tokens"]), args.global_batch_size):
         step = select(batch, range(start, start + args.global_batch_size))
-        metrics = step_function(args, model, step)
+        metrics = policy_step(args, model, step, recorder)
         grad_norm = apply_gradient(args, model, optimizer)
         steps.append({name: value.item() for name, value in metrics.items()} | {"train/grad_norm": grad_norm})
     return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}

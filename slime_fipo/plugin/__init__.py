@@ -3,5 +3,5 @@
 ``arguments`` settles what a run's settings are, with ``values``, ``config_files`` and ``spelling``; none of them needs
 slime. ``parser`` puts them into slime's parser, ``loss`` imports slime and megatron-core; it warns of ``engine_noise``
 and hands what it saw to ``recorder`` and ``tracker``. ``preemption`` saves on SIGTERM, ``patch`` builds FIPO into a
-checkout of slime, ``embedded`` runs slime's loss in the embedded engine. Imports go one way: parser, loss, arguments.
+checkout of slime. Imports go one way: parser, loss, arguments.
 """

@@ -20,7 +20,7 @@ from slime.utils.misc import load_function
 from torch import Tensor
 
 from ..algorithm import FipoConfig, FipoWeights, fipo_weights
-from ..algorithm.context_parallel import ContextParallel
+from ..algorithm.context_parallel import ContextParallel, chunk_edges
 from ..algorithm.weights import METRICS
 from ..records.packed import RECORDED_METRICS
 from .arguments import fipo_settings, is_on, shift_is_apart
@@ -176,8 +176,7 @@ def _layout(args: Namespace, batch: dict, config: FipoConfig) -> tuple[Tensor, l
             sizes += ("bshd", padded[i])
         total, response = sizes[:2]
         chunk_size = cp_utils.get_logits_and_tokens_offset_with_cp(*sizes)[0]
-        first = total - response - 1  # position of the logit that predicts the first response token
-        edges = [min(max(k * chunk_size - first, 0), response) for k in range(2 * cp_size + 1)]
+        edges = chunk_edges(total, response, chunk_size, cp_size)
         chunk_lengths.append([end - start for start, end in pairwise(edges)])
         local_masks.append(cp_utils.slice_log_prob_with_cp(mask, *sizes))
 

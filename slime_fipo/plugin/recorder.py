@@ -210,8 +210,7 @@ def _spans(cp: ContextParallel | None, index: int, length: int) -> list[tuple[in
     if cp is None:
         return [(0, length)]
     edges = [0, *accumulate(cp.chunk_lengths[index])]
-    rank, size = cp.group.rank(), cp.group.size()
-    return [(edges[chunk], edges[chunk + 1]) for chunk in (rank, 2 * size - 1 - rank)]
+    return [(edges[chunk], edges[chunk + 1]) for chunk in cp.own_chunks]
 
 
 def _recorders(args: Namespace, rollout_id: int, rollout_data: dict) -> dict[int, StepRecorder]:

@@ -10,8 +10,10 @@ import functools
 import io
 
 import jinja2
+import numpy as np
 
 from ..records import FATES, StepHeader, TokenRecord
+from ..records.text import Decoders
 
 METRIC = "train/fipo/heatmap"
 
@@ -46,7 +48,7 @@ def heatmap(record: TokenRecord, header: StepHeader) -> str:
     held = record.present.nonzero()[0].tolist()
     values = record.influence[held].tolist()
     low, high = min([1.0, *values]), max([1.0, *values])
-    texts = _texts(header.tokenizer, record.tokens[held].tolist())
+    texts = _texts(header, record.tokens[held])
     tokens, previous = [], -1
     for i, f, text in zip(held, values, texts, strict=True):
         fates = [name for name, flag in FATES.items() if record.fate[i] & flag]
@@ -73,20 +75,14 @@ def heatmap(record: TokenRecord, header: StepHeader) -> str:
     return _PAGE.render(record=record, header=header, tokens=tokens, low=low, high=high, colour=colour)
 
 
-@functools.lru_cache(maxsize=1)
-def _tokenizer(folder: str):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+@functools.cache
+def _decoders() -> Decoders:
+    return Decoders()
 
 
-def _texts(folder: str | None, ids: list[int]) -> list[str]:
-    """Each token's text; its id where the tokenizer cannot be had."""
-    try:
-        tokenizer = _tokenizer(folder)
-        return [tokenizer.decode([token]) for token in ids]
-    except Exception:  # a folder that is gone, a tokenizer that wants code of its own: the numbers are worth showing
-        return [f" {token}" for token in ids]
+def _texts(header: StepHeader, tokens: np.ndarray) -> list[str]:
+    """Each token's text; its id where the tokenizer cannot be loaded."""
+    return [piece.text for piece in _decoders().of(header).pieces(tokens)]
 
 
 def show_response(record: TokenRecord, header: StepHeader) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ..algorithm import FipoConfig, fipo_weights
+from ..algorithm.context_parallel import chunk_edges, own_chunks
 from ..errors import UserError
 from .packed import FATE_METRICS, token_fates
 from .schema import StepHeader, TokenRecord
@@ -102,6 +103,11 @@ class SlimeDump:
         return sorted({*self._train, *self._rollout})
 
     @property
+    def trained_ids(self) -> list[int]:
+        """Rollouts of which training data is there: the only ones of which :meth:`read` has records."""
+        return sorted(self._train)
+
+    @property
     def tokenizer(self) -> str | None:
         """The folder's tokenizer, if slime saved one."""
         folder = self.folder / "tokenizer"
@@ -152,6 +158,11 @@ class SlimeDump:
             found.missing.append(
                 f"rollout {rollout_id}: tokens of {len(holes)} responses ({', '.join(map(str, holes[:5]))}"
                 f"{', …' if len(holes) > 5 else ''}) are missing; files of some context-parallel ranks are not there"
+            )
+        if self.use_rollout_logprobs and (lacking := [n for n in _VALUES if not all(n in s.values for s in samples)]):
+            found.missing.append(
+                f"rollout {rollout_id}: train_data holds no {' and no '.join(lacking)} of some responses, so Δ, F and f"
+                " cannot be rebuilt in spite of --use-rollout-logprobs"
             )
         groups = _groups(rollout, expected)
         sizes = Counter(groups)
@@ -205,10 +216,9 @@ class SlimeDump:
 
     def _rebuild(self, samples: Sequence[_Sample]) -> dict[str, np.ndarray] | None:
         """Δ, F, f and fate of one step's samples packed, or None where the dump does not hold what they need."""
-        needed = ("log_probs", "rollout_log_probs", "advantages")
-        if not self.use_rollout_logprobs or not samples or not all(n in s.values for s in samples for n in needed):
+        if not self.use_rollout_logprobs or not samples or not all(n in s.values for s in samples for n in _VALUES):
             return None
-        packed = [torch.from_numpy(np.concatenate([s.values[n] for s in samples])) for n in needed]
+        packed = [torch.from_numpy(np.concatenate([s.values[n] for s in samples])) for n in _VALUES]
         loss_mask = np.concatenate([s.loss_mask for s in samples])
         result = fipo_weights(*packed, torch.from_numpy(loss_mask), [s.response_length for s in samples], self.config)
         return {
@@ -384,13 +394,8 @@ def zigzag_spans(total: int, response: int, padded: int, cp_size: int, rank: int
         total, response: tokens of the whole sequence and of its response.
         padded: length that is cut into chunks, ``total`` unless sequences are padded to one length.
     """
-    chunk = -(-padded // (2 * cp_size))
-    first = total - response - 1  # the logit that predicts the first response token
-    edges = [min(max(k * chunk - first, 0), response) for k in range(2 * cp_size + 1)]
-    edges[0], edges[-1] = 0, response
-    if cp_size == 1:
-        return [(0, response)]
-    return [(edges[k], edges[k + 1]) for k in (rank, 2 * cp_size - 1 - rank)]
+    edges = chunk_edges(total, response, -(-padded // (2 * cp_size)), cp_size)
+    return [(edges[chunk], edges[chunk + 1]) for chunk in own_chunks(rank, cp_size)]
 
 
 def _steps(data: dict) -> dict[int, int]:

@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from ..algorithm.context_parallel import own_chunks
+
 
 def layer_spec(args, config, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """slime calls this with its namespace and Megatron's ``TransformerConfig``.
@@ -101,7 +103,8 @@ def zigzag_positions(length: int, rank: int, ranks: int) -> torch.Tensor:
     """Positions of the ``length`` tokens that ``rank`` holds of a sequence: slime's chunks r and 2n - 1 - r of 2n."""
     half = length // 2
     first, second = torch.arange(half), torch.arange(length - half)
-    return torch.cat([first + rank * half, second + (2 * ranks - 1 - rank) * half])
+    early, late = own_chunks(rank, ranks)
+    return torch.cat([first + early * half, second + late * half])
 
 
 class PackedAttention(torch.nn.Module):

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import UserError
+from ..records.text import Decoders
 from .inputs import DumpOptions, read_inputs
 from .page import write_page
 from .selection import select
 from .terminal import find_response, parse_sample, print_response
-from .text import Decoders
 
 REPORT_FILE = "report.html"
 SAMPLES = 64
@@ -48,6 +48,8 @@ def write_report(
     decoders = Decoders(tokenizer)
     runs = read_inputs(paths, dumps)
     chosen, sentence = select(runs, samples, rollouts, groups)
+    if tokenizer is not None and not any(run.records for run in runs):
+        raise UserError(f"--tokenizer {tokenizer} has no effect: these paths hold no token records; drop it")
     output = output if output is not None else paths[0] / REPORT_FILE
     try:
         write_page(output, runs, chosen, sentence, decoders)

@@ -5,7 +5,7 @@ A kind is a test of what stands in the folder and a reader; nothing else knows w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class Run:
         records: token records, in order of rollout, step and position.
         missing: one sentence for each thing that should be there and is not.
         notes: sentences about how the run was read.
+        unread: ids of rollouts whose records are there and were left out.
     """
 
     name: str
@@ -36,6 +37,12 @@ class Run:
     records: list[TokenRecord] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)
+
+    @property
+    def rollout_ids(self) -> set[int]:
+        """Rollouts of which there are records, read or not."""
+        return {record.header.rollout_id for record in self.records} | set(self.unread)
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,28 @@ class DumpOptions:
     """What slime's dumps do not say, and which of their many rollouts to read.
 
     Args:
-        config: the run's FIPO settings.
+        config: the run's FIPO settings; None: the defaults.
         use_rollout_logprobs: as in :class:`SlimeDump`.
         rollouts: ids; empty: the first and the newest.
     """
 
-    config: FipoConfig = field(default_factory=FipoConfig)
+    config: FipoConfig | None = None
     use_rollout_logprobs: bool | None = None
     rollouts: tuple[int, ...] = ()
+
+    def check(self, kinds: Collection[str]) -> None:
+        """Refuse what only a dump needs to be told, where ``kinds`` of folders have none.
+
+        Raises:
+            UserError: names the flag.
+        """
+        given = {"--fipo-preset": self.config, "--use-rollout-logprobs": self.use_rollout_logprobs}
+        flag = next((flag for flag, value in given.items() if value is not None), None)
+        if flag is not None and DUMP.name not in kinds:
+            raise UserError(
+                f"{flag} has no effect: it describes {DUMP.name}, and no path is one; records say their own settings."
+                " Drop it"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,18 +114,18 @@ def _read_records(path: Path, _: DumpOptions) -> list[Run]:
 
 
 def _read_dump(path: Path, options: DumpOptions) -> list[Run]:
-    dump = SlimeDump(path, options.config, options.use_rollout_logprobs)
-    ids = [i for i in dump.rollout_ids if i in options.rollouts] or sorted({dump.rollout_ids[0], dump.rollout_ids[-1]})
-    run = Run(path.resolve().name, list(dump.trend()), missing=dump.missing())
+    dump = SlimeDump(path, options.config or FipoConfig(), options.use_rollout_logprobs)
+    there = dump.trained_ids
+    ids = [i for i in there if i in options.rollouts] if options.rollouts else sorted({*there[:1], *there[-1:]})
+    unread = [i for i in there if i not in ids]
+    run = Run(path.resolve().name, list(dump.trend()), missing=dump.missing(), unread=unread)
     for rollout in ids:
         found = dump.read(rollout)
         run.records += found.records
         run.missing += found.missing
-    if len(ids) < len(dump.rollout_ids):
-        shown = ", ".join(map(str, ids))
-        run.notes.append(
-            f"{path}: of {len(dump.rollout_ids)} dumped rollouts {shown} are read; --rollout chooses others."
-        )
+    if unread:
+        shown = ", ".join(map(str, ids)) or "none"
+        run.notes.append(f"{path}: of {len(there)} dumped rollouts {shown} are read; --rollout chooses others.")
     if options.use_rollout_logprobs is None:
         run.notes.append(
             f"{path}: a dump does not say whether the run had --use-rollout-logprobs. Give that flag, and Δ, F and f"
@@ -118,11 +139,12 @@ def _read_dump(path: Path, options: DumpOptions) -> list[Run]:
     return [run]
 
 
+DUMP = Kind("slime's --dump-details folder (train_data/, rollout_data/)", is_dump, _read_dump)
 KINDS = (
     Kind("a run directory of slime-fipo local (metrics.jsonl)", _is_run, _read_run),
     Kind("slime-fipo compare (seed-*/)", _is_comparison, _read_comparison),
     Kind("token records of --fipo-record (rollout_*/step_*.safetensors)", is_record_folder, _read_records),
-    Kind("slime's --dump-details folder (train_data/, rollout_data/)", is_dump, _read_dump),
+    DUMP,
 )
 
 
@@ -130,25 +152,32 @@ def read_inputs(paths: Sequence[Path], options: DumpOptions = DumpOptions()) -> 
     """The runs in ``paths``; names that clash are told apart by their folder.
 
     Raises:
-        UserError: a path is not a folder, of no kind, or one of its files is damaged; the message names it.
+        UserError: a path is not a folder, of no kind, or one of its files is damaged, or an option has no effect on
+            them; the message names it.
     """
+    found = [(path, _kind(path)) for path in paths]
+    options.check({kind.name for _, kind in found})
     runs = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist; give {_kinds()}")
-        if not path.is_dir():
-            raise UserError(f"{path} is not a folder; give {_kinds()}")
-        kind = next((kind for kind in KINDS if kind.matches(path)), None)
-        if kind is None:
-            raise UserError(f"{path} is none of these: {_kinds()}")
-        found = kind.read(path, options)
-        for run in found:
+    for path, kind in found:
+        new = kind.read(path, options)
+        for run in new:
             _check_settings(path, run)
-        if {run.name for run in found} & {run.name for run in runs}:
-            for run in found:
+        if {run.name for run in new} & {run.name for run in runs}:
+            for run in new:
                 run.name = f"{run.name} ({path})"
-        runs += found
+        runs += new
     return runs
+
+
+def _kind(path: Path) -> Kind:
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give {_kinds()}")
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give {_kinds()}")
+    kind = next((kind for kind in KINDS if kind.matches(path)), None)
+    if kind is None:
+        raise UserError(f"{path} is none of these: {_kinds()}")
+    return kind
 
 
 def _check_settings(path: Path, run: Run) -> None:

@@ -22,10 +22,10 @@ from markupsafe import Markup
 
 from .. import files
 from ..records import FATES, TokenRecord
+from ..records.text import Decoders
 from ..version import __version__
 from .inputs import Run
 from .statistics import PERCENTILES, histograms, noise, response_row, trend
-from .text import Decoders
 
 ASSETS = package_files(__package__) / "assets"
 # In the order in which the browser runs them; each file says what it needs of those before it.

@@ -50,7 +50,8 @@ def select(
         there = {value(record) for _, record in asked}
         absent = [number for number in wanted if number not in there]
         if absent:
-            raise UserError(f"{flag} {absent[0]} is not recorded; recorded are {_numbers(there) or 'none'}")
+            recorded = set().union(*(run.rollout_ids for run in runs)) if flag == "--rollout" else there
+            raise UserError(f"{flag} {absent[0]} is not recorded; recorded are {_numbers(recorded) or 'none'}")
         if wanted:
             asked = [(i, record) for i, record in asked if value(record) in wanted]
     chosen = _round_robin(asked, samples)

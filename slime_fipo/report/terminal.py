@@ -11,9 +11,9 @@ from rich.text import Text
 
 from ..errors import UserError
 from ..records import Fate, TokenRecord
+from ..records.text import CONTINUATION, Decoders
 from .inputs import Run
 from .statistics import response_row
-from .text import CONTINUATION, Decoders
 
 _BLUE, _ORANGE = (33, 102, 172), (179, 88, 6)  # below and above 1: the ends of a colour-blind safe diverging scale
 _MARKS = (
@@ -45,9 +45,10 @@ def find_response(runs: list[Run], sample: str) -> TokenRecord:
     """
     rollout, position = parse_sample(sample)
     records = [record for run in runs for record in run.records]
-    if not records:
+    recorded = set().union(*(run.rollout_ids for run in runs))
+    if not recorded:
         raise UserError("--tokens needs token records, and none were found in these paths")
-    if rollout is not None and rollout not in (recorded := {r.header.rollout_id for r in records}):
+    if rollout is not None and rollout not in recorded:
         raise UserError(f"--tokens {sample}: rollout {rollout} is not recorded; recorded are {_few(recorded)}")
     records = [r for r in records if rollout is None or r.header.rollout_id == rollout]
     found = [r for r in records if r.position == position]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from slime_fipo import FipoConfig, fipo_policy_loss
+from slime_fipo.local import training
 from slime_fipo.local.model import packed_logits
 from slime_fipo.local.objective import policy_objective, policy_step
 from slime_fipo.local.train_data import response_log_probs
@@ -97,7 +98,7 @@ def test_a_fully_masked_batch_has_a_finite_loss(setup):
         assert all(value == 0 for name, value in metrics.items() if name.startswith("train/"))
 
 
-def test_steps_of_global_batch_size_move_the_policy(setup):
+def test_steps_of_global_batch_size_move_the_policy(setup, monkeypatch):
     """Four steps of one sample: the first sees no drift, later ones do, and each response gains what it should."""
     args, model, batch = setup
     args.global_batch_size = 1
@@ -107,12 +108,13 @@ def test_steps_of_global_batch_size_move_the_policy(setup):
         batch[name] = list(now.split(batch["response_lengths"]))
     seen = []
 
-    def step(args, model, part):
-        metrics = policy_step(args, model, part)
+    def step(args, model, part, recorder):
+        metrics = policy_step(args, model, part, recorder)
         seen.append((part["response_lengths"][0], metrics["fipo/future_kl"].item()))
         return metrics
 
-    train_on_rollout(args, model, make_optimizer(args, model, 1e-2), batch, step)
+    monkeypatch.setattr(training, "policy_step", step)
+    train_on_rollout(args, model, make_optimizer(args, model, 1e-2), batch)
     assert [lengths for lengths, _ in seen] == [r for _, r in LENGTHS]
     assert seen[0][1] == pytest.approx(0, abs=1e-5) and all(abs(drift) > 1e-3 for _, drift in seen[1:])
     with torch.no_grad():

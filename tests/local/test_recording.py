@@ -142,8 +142,3 @@ def test_not_among_the_checkpoints(tmp_path, monkeypatch, folder):
     with pytest.raises(UserError, match="is inside the run's checkpoints"):
         parse_arguments([*MICRO.split(), "--save", str(tmp_path / "run"), "--fipo-record", folder])
     parse_arguments([*MICRO.split(), "--save", str(tmp_path / "run"), "--fipo-record", "run/records"])
-
-
-def test_slimes_own_loss_is_not_recorded_here(tmp_path):
-    with pytest.raises(UserError, match=r"not that of --slime-root"):
-        parse_arguments([*MICRO.split(), "--fipo-record", str(tmp_path), "--slime-root", "x"])

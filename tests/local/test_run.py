@@ -191,7 +191,6 @@ BAD = {
     "temperature": (["--rollout-temperature", "1e-45"], "--rollout-temperature: 1e-45"),
     "name of the held-out data": (["--eval-prompt-data", "step", "/no/such"], "--eval-prompt-data 'step'"),
     "records without a folder": (["--fipo-record-samples", "3"], "without --fipo-record"),
-    "slime root": (["--slime-root", "/no/such/slime"], "--slime-root /no/such/slime"),
 }
 
 

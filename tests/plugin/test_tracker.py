@@ -72,7 +72,7 @@ class Tokens(html.parser.HTMLParser):
 @given(texts=st.lists(st.one_of(st.sampled_from(HOSTILE), st.text(max_size=12)), min_size=1, max_size=20))
 def test_tokens_are_text_whatever_they_hold(texts):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracker, "_texts", lambda folder, ids: [texts[i] for i in ids])
+        patch.setattr(tracker, "_texts", lambda header, tokens: [texts[i] for i in tokens])
         page = Tokens(tracker.heatmap(record(len(texts)), HEADER))
     assert page.tags <= {"meta", "style", "h3", "p", "span"}
     plain = [token["text"].replace("\r\n", "\n").replace("\r", "\n") for token in page.tokens]
@@ -93,7 +93,7 @@ def test_what_a_token_says():
     assert page.tokens[3]["class"] == "dropped marked" and titles[3].endswith("capped, dropped")
     assert page.tokens[0]["style"].endswith("0.00)"), "a weight of 1 has no colour"
     assert "230,97,1" in page.tokens[1]["style"] and "69,117,180" in page.tokens[3]["style"]
-    assert [token["text"] for token in page.tokens] == [" 0", " 1", " 2", " 3"], "ids where there is no tokenizer"
+    assert [token["text"] for token in page.tokens] == ["⟨0⟩", "⟨1⟩", "⟨2⟩", "⟨3⟩"], "ids where there is no tokenizer"
 
 
 @pytest.mark.parametrize("length", [0, 1])

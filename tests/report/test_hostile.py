@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from slime_fipo.records import StepHeader, write_step
+from slime_fipo.records.text import Decoders, visible
 from slime_fipo.report.command import print_tokens, write_report
-from slime_fipo.report.text import Decoders, visible
 
 from .rig import CONFIG, make_records
 

@@ -10,18 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 from slime_fipo.cli import app
 from slime_fipo.errors import UserError
 from slime_fipo.records import Fate, StepHeader, read_records, write_step
+from slime_fipo.records.text import Decoders
 from slime_fipo.report.command import write_report
 from slime_fipo.report.inputs import DumpOptions, read_inputs
 from slime_fipo.report.selection import extremeness, select
 from slime_fipo.report.statistics import noise, response_row, trend
 from slime_fipo.report.terminal import print_response
-from slime_fipo.report.text import Decoders
 
 from .rig import ALPHABET, CONFIG, make_records, write_rollout
 
@@ -224,6 +225,74 @@ def test_tokens_of_any_rollout_of_a_dump(tmp_path):
     code, output, error = command(tmp_path, "--tokens", "1:3")
     assert code == 0, error
     assert output.startswith("rollout 1, step")
+
+
+@pytest.fixture
+def dump(tmp_path):
+    """Three rollouts as slime dumps them, and of a fourth only what was sampled."""
+    folder = tmp_path / "dump"
+    for part, rollouts in (("train_data", range(3)), ("rollout_data", range(4))):
+        (folder / part).mkdir(parents=True)
+        for rollout in rollouts:
+            shutil.copy(DUMP / part / "0.pt", folder / part / f"{rollout}.pt")
+    shutil.copy(DUMP / "rollout_data/eval_0.pt", folder / "rollout_data/eval_0.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--rollout", "7"], "--rollout 7 is not recorded; recorded are 0, 1, 2"),
+        (["--rollout", "1", "--rollout", "7"], "--rollout 7 is not recorded; recorded are 0, 1, 2"),
+        (["--rollout", "3"], "--rollout 3 is not recorded; recorded are 0, 1, 2"),
+        (["--tokens", "7:0"], "--tokens 7:0: rollout 7 is not recorded; recorded are 0, 1, 2"),
+    ],
+)
+def test_a_rollout_that_a_dump_lacks_is_named_with_those_it_has(dump, flags, says):
+    code, _, error = command(dump, *flags)
+    assert code == 2 and says in error and len(error.splitlines()) == 1
+    assert not (dump / "report.html").exists()
+
+
+def test_the_first_and_the_newest_rollout_that_was_trained_on(dump):
+    [run] = read_inputs([dump])
+    assert {record.header.rollout_id for record in run.records} == {0, 2} and run.unread == [1]
+    [run] = read_inputs([dump], DumpOptions(rollouts=(1,)))
+    assert {record.header.rollout_id for record in run.records} == {1} and run.unread == [0, 2]
+
+
+@pytest.mark.parametrize("file", ["train_data/0.pt", "train_data/2.pt", "rollout_data/3.pt", "rollout_data/eval_0.pt"])
+def test_a_truncated_file_of_a_dump_is_one_line(dump, file):
+    whole = (dump / file).read_bytes()
+    (dump / file).write_bytes(whole[: len(whole) // 2])
+    code, output, error = command(dump)
+    assert (code, output) == (2, "") and len(error.splitlines()) == 1
+    assert str(dump / file) in error and "it is damaged or not a file of slime's dump" in error
+
+
+@pytest.mark.parametrize("flags", [["--fipo-preset", "7b"], ["--use-rollout-logprobs"], ["--no-use-rollout-logprobs"]])
+@pytest.mark.parametrize("more", [[], ["--tokens", "10:25"]])
+def test_what_only_a_dump_needs_to_be_told_is_refused_elsewhere(folder, dump, tmp_path, flags, more):
+    code, _, error = command(folder, *flags, *more)
+    assert code == 2 and len(error.splitlines()) == 1
+    assert f"{flags[0].replace('--no-', '--')} has no effect" in error
+    if not more:
+        assert command(folder, dump, *flags, "--output", tmp_path / "page.html")[0] == 0
+
+
+def test_a_tokenizer_without_records_is_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"rollout/step": 0, "rollout/raw_reward": 0.25}\n')
+    code, _, error = command(tmp_path, "--tokenizer", tmp_path)
+    assert code == 2 and f"--tokenizer {tmp_path} has no effect" in error
+
+
+def test_a_dump_without_the_log_probs_that_the_flag_speaks_of_says_so(dump):
+    contents = torch.load(dump / "train_data/1.pt", weights_only=True)
+    del contents["samples"][3]["rollout_log_probs"]
+    torch.save(contents, dump / "train_data/1.pt")
+    [run] = read_inputs([dump], DumpOptions(use_rollout_logprobs=True, rollouts=(1,)))
+    [sentence] = [sentence for sentence in run.missing if "cannot be rebuilt" in sentence]
+    assert sentence.startswith("rollout 1: train_data holds no rollout_log_probs of some responses")
 
 
 def test_a_page_of_no_responses_does_not_say_how_they_were_chosen(folder):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..records import StepHeader
+from .schema import StepHeader
 
 TEXT, CONTINUATION, SPECIAL = 0, 1, 2  # kinds of piece
 MAX_CHARACTERS = 300  # of one token; what is longer is cut, and says so

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slime_fipo.records import StepHeader
-from slime_fipo.report.text import CONTINUATION, MAX_CHARACTERS, SPECIAL, Decoder, Decoders, Piece, visible
+from slime_fipo.records.text import CONTINUATION, MAX_CHARACTERS, SPECIAL, Decoder, Decoders, Piece, visible
 
-from .rig import CONFIG
+from ..report.rig import CONFIG
 
 
 def header(**values) -> StepHeader:
