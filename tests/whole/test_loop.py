@@ -4,13 +4,7 @@ Every run is three rollouts of two optimizer steps. At a rollout's first step th
 there between SGLang and Megatron is the engines' own mismatch.
 """
 
-import signal
-import time
-from pathlib import Path
-
 import pytest
-
-from slime_fipo.rehearsal import keeper
 
 SGLANG_LOG_PROBS = ("--use-rollout-logprobs",)
 DISK = ("--update-weight-transport", "disk", "--update-weight-disk-dir", "{folder}/weights")
@@ -45,7 +39,7 @@ def run(variant, loop):
 
 def test_every_step_trains_and_nothing_is_left(run):
     assert list(run.steps(DEVIATION)) == list(range(6))
-    assert max(run.steps("train/grad_norm").values()) > 0  # a step's groups may all have equal rewards
+    assert min(run.steps("train/grad_norm").values()) > 0
     assert run.result["processes_left"] == 0
     assert not run.result["folder_left"]
 
@@ -83,35 +77,3 @@ def test_a_run_that_was_saved_goes_on_where_it_was(loop):
     assert list(first.steps(DEVIATION)) == list(range(6))
     assert list(resumed.steps(DEVIATION)) == [6, 7]
     assert max(resumed.first_steps(DIFFERENCE)) < 0.01
-
-
-@pytest.mark.parametrize(
-    ("log", "moment"),
-    [
-        ("ray.log", "Ray runtime started"),
-        ("train.log", "Launch HttpServerEngineAdapter"),  # SGLang is starting
-        ("train.log", "step 1: {"),
-    ],
-)
-def test_kill_9_leaves_no_process_behind(loop, log, moment):
-    folder = loop.folder / f"killed-{moment[:4].strip()}"
-    run = loop.start_run(folder, 2, loop.slime / "train.py", *SGLANG_LOG_PROBS, *DISK)
-    wait_until(
-        lambda: says(folder / "rehearsal", "/") and says(folder / log, moment), unless=lambda: run.poll() is not None
-    )
-    rehearsal = (folder / "rehearsal").read_text()
-    assert len(keeper.processes(rehearsal)) > 3  # Ray's own
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    wait_until(lambda: not keeper.processes(rehearsal) and not Path(rehearsal).exists())
-
-
-def says(file: Path, text: str) -> bool:
-    return file.exists() and text in file.read_text(errors="replace")
-
-
-def wait_until(condition, unless=lambda: False, seconds: float = 1200.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline and not unless()
-        time.sleep(0.5)

@@ -117,13 +117,15 @@ def test_the_loss_is_the_token_mean_with_fipos_weights_and_tis(recipe):
     assert set(recipe.first_steps(FUTURE_KL)) == {0.0}
     logged = recipe.steps("train/pg_loss")
     records = whole_records(recipe)
-    for number in logged:
+    without_tis, sample_mean = [], []
+    for number, loss in logged.items():
         of_step = [record for record in records if step(record) == number]
         losses = np.concatenate([token_losses(record, TIS_CLIP) for record in of_step])
-        assert logged[number] == pytest.approx(losses.mean(), abs=1e-5)
-        without_tis = np.concatenate([token_losses(record) for record in of_step]).mean()
-        sample_mean = np.mean([token_losses(record, TIS_CLIP).mean() for record in of_step])
-        assert min(abs(logged[number] - other) for other in (without_tis, sample_mean)) > 1e-5
+        assert loss == pytest.approx(losses.mean(), abs=1e-5)
+        without_tis.append(abs(loss - np.concatenate([token_losses(record) for record in of_step]).mean()))
+        sample_mean.append(abs(loss - np.mean([token_losses(record, TIS_CLIP).mean() for record in of_step])))
+    # TIS weights differ from 1 by noise, which may cancel in one step's mean.
+    assert max(without_tis) > 5e-5 and max(sample_mean) > 5e-5
     assert len(logged) == ROLLOUTS * STEPS_PER_ROLLOUT
     assert min(recipe.steps("train/tis").values()) > 0.9
 
