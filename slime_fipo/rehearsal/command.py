@@ -105,8 +105,7 @@ def _rehearse(
         if any(line.ok is False for line in lines):
             return [*lines, Line("training", False, "not begun; first fix what is wrong above")]
         status("a small model of the same family")
-        ranks = min(command.args.tensor_model_parallel_size, 2)
-        model = shrink_checkpoint(Path(command.args.hf_checkpoint), folder / "model", tp=ranks)
+        model = shrink_checkpoint(Path(command.args.hf_checkpoint), folder / "model")
         shrunk = shrink(command, model, folder)
         console.print(_changes_table(shrunk))
         if model.stand_in:
