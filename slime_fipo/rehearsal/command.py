@@ -32,6 +32,7 @@ from ..check.preflight import check_command, merged
 from ..check.slime_parser import Installation as Checkouts
 from ..check.slime_parser import Verdict, ask
 from ..errors import UserError
+from . import ports
 from .cluster import MARK, SITE, Rehearsal, check_machine
 from .installation import Installation, find
 from .prompts import PromptLengths, prompt_lengths
@@ -95,9 +96,9 @@ def _rehearse(
     with _Status(console) as status, ThreadPoolExecutor(1) as pool:
         # slime's parser takes 10 to 20 seconds in a process of its own.
         status("slime's parser reads the command; prompts are tokenized")
-        checkouts = Checkouts(
-            installation.slime, installation.megatron, stand_ins=SITE, environment={MARK: str(folder)}
-        )
+        # The stand-ins want to know a range of ports, of which a parser opens none.
+        stand_ins = {MARK: str(folder), ports.VARIABLE: str(ports.RANGES.start)}
+        checkouts = Checkouts(installation.slime, installation.megatron, stand_ins=SITE, environment=stand_ins)
         asked = pool.submit(ask, command, checkouts)
         findings, config = check_command(command)
         lines = list(_prompts(command))
@@ -136,7 +137,13 @@ def _settings(command: Command, findings: list[Finding], asked: Future[Verdict])
     """What ``slime-fipo check`` and slime's own parser say. Checkpoints are not read: a rehearsal makes its own."""
     of_checkpoints = {finding for rule in (checkpoints, reference_model) for finding in rule(command, None)}
     verdict = asked.result()
-    wrong = [f.message for f in merged(findings, verdict) if f.severity == "error" and f not in of_checkpoints]
+    # What slime's parser ignores is a warning of `check`, which may be of another version; a rehearsal asks this one.
+    of_slime = set(verdict.findings)
+    wrong = [
+        f.message
+        for f in merged(findings, verdict)
+        if (f.severity == "error" or f in of_slime) and f not in of_checkpoints
+    ]
     warnings = sum(f.severity == "warning" for f in merged(findings, verdict))
     text = verdict.summary + (f"; slime-fipo check has {warnings} warnings" if warnings else "")
     return [Line("command", False, message) for message in wrong] or [Line("command", verdict.judged or None, text)]

@@ -149,6 +149,14 @@ def _filter(path: str, seen: Seen) -> Line:
     groups = [event for event in seen.events if event["kind"] == "filter" and event["path"] == path]
     if not groups:
         return _unseen(seen, what, "never judged a group")
+    if returned := [event["returned"] for event in groups if event["returned"]]:
+        taken = "True, so that every group is kept" if any(event["keep"] for event in groups) else "False"
+        return Line(
+            what,
+            False,
+            f"returned a {returned[0]}, which slime takes for {taken}; return"
+            " slime.rollout.filter_hub.base_types.DynamicFilterOutput(keep=…)",
+        )
     varied: Counter[bool] = Counter()
     equal: Counter[bool] = Counter()
     for event in groups:

@@ -60,9 +60,11 @@ def _counted(path: str, function):
     def note(args: tuple, result):
         nonlocal drops
         record("hook", path=path)
-        if hasattr(result, "keep") and len(args) > 1:  # a dynamic sampling filter's answer
-            record("filter", path=path, keep=bool(result.keep), rewards=_rewards(*args[:2]))
-            drops = 0 if result.keep else drops + 1
+        if _is_filter(path, args):
+            keep = bool(getattr(result, "keep", result))  # slime takes what has no ``keep`` for the answer itself
+            returned = None if hasattr(result, "keep") or isinstance(result, bool) else type(result).__name__
+            record("filter", path=path, keep=keep, rewards=_rewards(*args[:2]), returned=returned)
+            drops = 0 if keep else drops + 1
             if drops == MOST_DROPS:
                 raise RuntimeError(f"{path} dropped {drops} groups in a row, so that a rollout never fills up")
         return result
@@ -71,7 +73,9 @@ def _counted(path: str, function):
     def counted(*args, **kwargs):
         with _errors_recorded(path):
             result = function(*args, **kwargs)
-        return _awaited(args, result) if inspect.isawaitable(result) else note(args, result)
+        if inspect.isawaitable(result) and not _is_filter(path, args):  # slime awaits no filter
+            return _awaited(args, result)
+        return note(args, result)
 
     async def _awaited(args, result):
         with _errors_recorded(path):
@@ -79,6 +83,10 @@ def _counted(path: str, function):
         return note(args, result)
 
     return counted
+
+
+def _is_filter(path: str, args: tuple) -> bool:
+    return len(args) > 1 and getattr(args[0], "dynamic_sampling_filter_path", None) == path
 
 
 class _errors_recorded:
