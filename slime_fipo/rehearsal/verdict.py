@@ -56,7 +56,8 @@ class Seen:
             return ""
         for event in self.events:
             if event.get("error"):
-                return f"{event.get('path', event.get('name'))} raised {event['error']}"
+                raised = "raised " if event["kind"] == "hook" else ""
+                return f"{event.get('path', event.get('name'))} {raised}{event['error']}"
         if self.status is None:
             return f"it did not end in time; the log's end is in {self.log}"
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -119,7 +120,7 @@ def _rewards(seen: Seen) -> Iterator[Line]:
 def _reward(event: dict[str, Any]) -> tuple[bool | None, str]:
     label, values, asked = event["label"], event["values"], event["asked"]
     if event["error"]:
-        return False, f"it raised {event['error']}"
+        return False, event["error"]
     if label is None:
         return None, "not tried: the samples have no label (--label-key)"
     plain = values[""]
@@ -254,18 +255,20 @@ def _checkpoint(first: Seen, second: Seen | None, steps: int) -> Line:
 
 def hook_flags(command: Command) -> dict[str, str]:
     """Import path -> the flag that names it, for everything that slime loads by path."""
-    found: dict[str, str] = {}
+    given: dict[str, list[str]] = {}  # a flag that is given twice has its last values
     words = list(command.arguments)
     for i, word in enumerate(words):
         flag, _, value = word.partition("=")
         if not re.fullmatch(r"--[\w-]+-path", flag):
             continue
-        values = [value] if value else []
+        given[flag] = [value] if value else []
         for following in words[i + 1 :]:
-            if (values and value) or following.startswith("--"):
+            if value or following.startswith("--"):
                 break
-            values.append(following)
-        for path in values:
+            given[flag].append(following)
+    found: dict[str, str] = {}
+    for flag, paths in given.items():
+        for path in paths:
             if re.fullmatch(r"[A-Za-z_][\w.]*\.\w+", path) and not path.endswith((".yaml", ".yml", ".json", ".py")):
                 found[path] = flag
     for name, value in vars(command.args).items():  # those of --custom-config-path

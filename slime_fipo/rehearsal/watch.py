@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 FOLDER = "SLIME_FIPO_WATCH"
-MOST_DROPS = 48  # groups in a row that a filter may drop; with half of the answers right none drops that many
+MOST_DROPS = 24  # groups in a row that a filter may drop; with half of the answers right none drops that many
 
 
 def record(kind: str, **what: Any) -> None:
@@ -46,7 +46,7 @@ def count_hooks(misc: ModuleType) -> None:
         try:
             function = load(path)
         except Exception as error:
-            record("hook", path=path, error=_described(error))
+            record("hook", path=path, error=described(error))
             raise
         record("loaded", path=path)
         return function if isinstance(function, type) else _counted(path, function)
@@ -66,7 +66,9 @@ def _counted(path: str, function):
             record("filter", path=path, keep=keep, rewards=_rewards(*args[:2]), returned=returned)
             drops = 0 if keep else drops + 1
             if drops == MOST_DROPS:
-                raise RuntimeError(f"{path} dropped {drops} groups in a row, so that a rollout never fills up")
+                stuck = f"dropped {drops} groups in a row, so that a rollout never fills up"
+                record("stuck", path=path, error=stuck)
+                raise RuntimeError(f"{path} {stuck}")
         return result
 
     @functools.wraps(function)
@@ -98,10 +100,11 @@ class _errors_recorded:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, Exception):
-            record("hook", path=self.path, error=_described(error))
+            record("hook", path=self.path, error=described(error))
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
+    """An error in one line, with the place in the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"

@@ -20,6 +20,7 @@ ASKS = (
     ' on its own line after "Answer:".'
 )
 PROMPTS, BENCHMARK = 64, 4
+WIDTH = 44  # of the verdict's first column
 
 
 @dataclass
@@ -116,14 +117,16 @@ def rehearse(python: str, slime: Path, megatron: Path, words: Sequence[str], roo
 
 def verdict(output: str):
     """The lines of the verdict's table; a long first column goes on in the lines below."""
-    mark, what, text = "", "", ""
+    mark, what, text, folded = "", "", "", False
     for line in re.split(r"^verdict\s*$", output, flags=re.MULTILINE)[-1].splitlines():
         if start := re.match(r"\s{2}([✓✗–])\s{2,}(\S.*?)(?:\s{2,}(.*))?$", line):
             if mark:
                 yield mark, what, text
             mark, what, text = start[1], start[2].strip(), (start[3] or "").strip()
+            folded = len(what) == WIDTH
         elif mark and line.startswith("   ") and line.strip():
-            what += line.strip()
+            what += line.strip() if folded else f" {line.strip()}"  # in the middle of a word, or at a space
+            folded = len(line.strip()) == WIDTH
         elif mark and line.strip():
             break
     if mark:

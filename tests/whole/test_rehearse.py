@@ -106,6 +106,18 @@ def module(name: str, text: str, *flags: str) -> Callable[[Workspace], None]:
     return change
 
 
+def reward(path: str) -> Callable[[Workspace], None]:
+    """A reward of the user's in place of ours, and without the flags that ours alone reads."""
+
+    def change(space: Workspace) -> None:
+        space.module("mine", REWARDS)
+        space.drop("--overlong-buffer-len")
+        space.drop("--overlong-penalty-factor")
+        space.set("--custom-rm-path", path)
+
+    return change
+
+
 def flag(*words: str) -> Callable[[Workspace], None]:
     return lambda space: space.set(*words)
 
@@ -190,32 +202,30 @@ BROKEN = {
     "wrong key in --eval-config": Broken(wrong_eval_key, ("--eval-config", "eval.yaml", "input_kee"), early=True),
     "no model": Broken(no_config, ("--hf-checkpoint", "config.json"), early=True),
     "module of the reward": Broken(
-        flag("--custom-rm-path", "nowhere.reward"), ("--custom-rm-path nowhere.reward", "No module named 'nowhere'")
+        reward("nowhere.reward"), ("--custom-rm-path nowhere.reward", "no module nowhere", "PYTHONPATH"), early=True
     ),
     "name in the reward's module": Broken(
-        module("mine", REWARDS, "--custom-rm-path", "mine.rewards"), ("--custom-rm-path mine.rewards", "rewards")
+        reward("mine.rewards"), ("--custom-rm-path mine.rewards", "mine.py has no rewards"), early=True
     ),
     # what slime has to run for
     "one optimizer step": Broken(flag("--global-batch-size", "512"), ("--global-batch-size", "every weight is 1")),
     "reward that raises": Broken(
-        module("mine", REWARDS, "--custom-rm-path", "mine.raises"),
+        reward("mine.raises"),
         ("--custom-rm-path mine.raises", "ZeroDivisionError: no such answer", "mine.py:3"),
     ),
     "reward that reads another form": Broken(
-        module("mine", REWARDS, "--custom-rm-path", "mine.reads_another_form"),
+        reward("mine.reads_another_form"),
         ("--custom-rm-path mine.reads_another_form", "gives 0 to 'Answer: ", "which is what your prompts ask for"),
     ),
     "reward without the key": Broken(
-        module("mine", REWARDS, "--custom-rm-path", "mine.has_no_score"),
+        reward("mine.has_no_score"),
         ("--custom-rm-path mine.has_no_score", "--reward-key score", "points"),
     ),
     "reward that is not async": Broken(
-        module("mine", REWARDS, "--custom-rm-path", "mine.is_not_async"),
+        reward("mine.is_not_async"),
         ("--custom-rm-path mine.is_not_async", "async def"),
     ),
-    "reward of None": Broken(
-        module("mine", REWARDS, "--custom-rm-path", "mine.gives_none"), ("--custom-rm-path mine.gives_none", "None")
-    ),
+    "reward of None": Broken(reward("mine.gives_none"), ("--custom-rm-path mine.gives_none", "None")),
     "filter that keeps nothing": Broken(
         module("filters", FILTERS, "--dynamic-sampling-filter-path", "filters.keeps_nothing"),
         ("--dynamic-sampling-filter-path filters.keeps_nothing", "kept 0 of"),
