@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ..scripts.bash import EXAMPLES
+from ..scripts.bash import EXAMPLES, LAUNCH_SCRIPTS, LOSSES
 from .rehearsing import Rehearsed, Workspace, rehearse, row, workspace
 
 QWEN3, QWEN2 = EXAMPLES / "run-qwen3-4B.sh", EXAMPLES / "run-qwen2.5-math-7B.sh"
@@ -34,6 +34,17 @@ def test_a_good_command_passes(rehearsed, tmp_path):
     assert {mark for mark, *_ in result.lines} == {"✓"}
     assert "nothing wrong" in result.output
     assert not Path(space.value("--save")).exists()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("script", LAUNCH_SCRIPTS, ids=lambda script: script.stem)
+def test_every_launch_script_passes(rehearsed, tmp_path, script, loss):
+    space = workspace(tmp_path, script, LOSS=loss)
+    result = rehearsed(space)
+    assert (result.status, result.wrong) == (0, [])
+    unjudged = [what for mark, what, _ in result.lines if mark == "–"]
+    assert unjudged == (["model"] if "qwen3.5" in script.stem else [])  # the stand-in for another family
+    assert any(what == "FIPO's influence weights" for _, what, _ in result.lines) == (loss == "fipo_loss")
 
 
 # -- twenty and more broken ones --
