@@ -155,7 +155,7 @@ def _filter(path: str, seen: Seen) -> Line:
         return Line(
             what,
             False,
-            f"returned a {returned[0]}, which slime takes for {taken}; return"
+            f"returned {returned[0]}, which slime takes for {taken}; return"
             " slime.rollout.filter_hub.base_types.DynamicFilterOutput(keep=…)",
         )
     varied: Counter[bool] = Counter()
@@ -200,13 +200,15 @@ def _engines(seen: Seen, config: FipoConfig | None, steps: int) -> Iterator[Line
 
 def _weights(seen: Seen, steps: int) -> Line:
     what = "FIPO's influence weights"
-    if steps < 2:
-        return Line(what, False, "one optimizer step per rollout: every weight is 1; lower --global-batch-size")
-    moved = _at(seen, "train/fipo/influence_deviation", steps, first=False)
+    if steps < 2:  # --fipo-allow-single-step: the old log-probs are of older weights, but for the first rollout
+        moved = _at(seen, "train/fipo/influence_deviation", steps, first=True)[1:]
+        ok, where = any(moved), "with one step per rollout"
+    else:
+        moved = _at(seen, "train/fipo/influence_deviation", steps, first=False)
+        ok, where = all(moved), "at second steps"
     if not moved:
         return _unseen(seen, what, "no second optimizer step was logged")
-    ok = min(moved) > 0
-    return Line(what, ok, f"mean |f − 1| {fmean(moved):.4f} at second steps" + ("" if ok else ": they did not move"))
+    return Line(what, ok, f"mean |f − 1| {fmean(moved):.4f} {where}" + ("" if ok else ": they did not move"))
 
 
 def _tracker(command: Command, seen: Seen) -> Line:

@@ -62,7 +62,9 @@ def _counted(path: str, function):
         record("hook", path=path)
         if _is_filter(path, args):
             keep = bool(getattr(result, "keep", result))  # slime takes what has no ``keep`` for the answer itself
-            returned = None if hasattr(result, "keep") or isinstance(result, bool) else type(result).__name__
+            returned = ""
+            if not hasattr(result, "keep") and not isinstance(result, bool):
+                returned = "nothing" if result is None else f"a {type(result).__name__}"
             record("filter", path=path, keep=keep, rewards=_rewards(*args[:2]), returned=returned)
             drops = 0 if keep else drops + 1
             if drops == MOST_DROPS:

@@ -199,11 +199,14 @@ BROKEN = {
         ("--tensor-model-parallel-size 3", "--num-attention-heads 32"),
         early=True,
     ),
+    "one optimizer step": Broken(
+        flag("--global-batch-size", "512"), ("--global-batch-size 512", "FIPO without effect"), early=True
+    ),
     "YAML that switches FIPO off": Broken(fipo_off, ("--custom-config-path", "loss_type", "policy_loss"), early=True),
     "label key": Broken(flag("--label-key", "answer"), ("--label-key answer", "row 1"), early=True),
     "input key": Broken(flag("--input-key", "question"), ("--input-key question", "row 1"), early=True),
     "prompts longer than the limit": Broken(
-        flag("--rollout-max-prompt-len", "16"), ("--rollout-max-prompt-len 16", "64 that are longer"), early=True
+        flag("--rollout-max-prompt-len", "16"), ("--rollout-max-prompt-len is 16", "64 that are longer"), early=True
     ),
     "no chat template": Broken(no_chat_template, ("--apply-chat-template", "chat_template.jinja"), early=True),
     "no prompts": Broken(no_prompts, ("--prompt-data", "does not exist"), early=True),
@@ -219,7 +222,6 @@ BROKEN = {
         reward("mine.rewards"), ("--custom-rm-path mine.rewards", "mine.py has no rewards"), early=True
     ),
     # what slime has to run for
-    "one optimizer step": Broken(flag("--global-batch-size", "512"), ("--global-batch-size", "every weight is 1")),
     "reward that raises": Broken(
         reward("mine.raises"),
         ("--custom-rm-path mine.raises", "ZeroDivisionError: no such answer", "mine.py:3"),
@@ -247,11 +249,11 @@ BROKEN = {
     ),
     "filter that returns a dictionary": Broken(
         module("filters", FILTERS, "--dynamic-sampling-filter-path", "filters.returns_a_dictionary"),
-        ("--dynamic-sampling-filter-path filters.returns_a_dictionary", "dict", "DynamicFilterOutput"),
+        ("--dynamic-sampling-filter-path filters.returns_a_dictionary", "a dict", "DynamicFilterOutput"),
     ),
     "filter that forgets to return": Broken(
         module("filters", FILTERS, "--dynamic-sampling-filter-path", "filters.forgets_to_return"),
-        ("--dynamic-sampling-filter-path filters.forgets_to_return", "None", "DynamicFilterOutput"),
+        ("--dynamic-sampling-filter-path filters.forgets_to_return", "nothing", "DynamicFilterOutput"),
     ),
     "generate function that raises": Broken(
         module("hooks", HOOKS, "--custom-generate-function-path", "hooks.generate"),
