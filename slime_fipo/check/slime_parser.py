@@ -49,6 +49,7 @@ _MENTIONS = {
 # The job has an environment of its own, which is not known here.
 _VARIABLE = re.compile(r"\b(?:CUBLAS|CUDA|NCCL|NVTE|SGLANG|SLIME|TORCH)_[A-Z_]+\b")
 _ENGINE_FLAGS = ("--sglang-", "--router-", "--prefill-num-servers")
+_BENCHMARK_KEY = re.compile(r"EvalDatasetConfig.* unexpected keyword argument '(\w+)'")
 _SLIMES_SCRIPTS = ("train.py", "train_async.py")
 
 
@@ -228,6 +229,11 @@ def judge(command: Command, slime: Path, result: dict[str, Any]) -> Verdict:
         refusal = _last_error(case["output"])
     elif _is_environment(case, control, result["missing"]):
         return Verdict(f"{name} cannot judge the command on this machine: {_crash(crash)}", judged=False)
+    elif key := _BENCHMARK_KEY.search(crash["message"]):
+        refusal = (
+            f"--eval-config {command.args.eval_config} gives a benchmark the key {key[1]}, which slime does not have;"
+            " correct or drop it"
+        )
     elif {"AssertionError", "ValueError", "OSError", "NotImplementedError"} & set(crash["types"]) and crash["message"]:
         refusal = _one_line(crash["message"])
     else:

@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 SITE = HERE / "site"  # in front on PYTHONPATH, it puts the stand-ins into every process that has MARK
 HOST = "127.0.0.2"  # reached from this machine only; for 127.0.0.1 Ray takes the address on the network
 RAY_STARTS_S = 300.0  # two busy cores need half a minute
+MOST_FOLDER = 36  # characters; a socket's path has at most 107, of which Ray's names below the folder take 70
 RAY_ATTEMPTS = 3  # Ray gives its own processes 30 s to come up, which a busy machine may not keep
 
 
@@ -66,8 +67,7 @@ class Rehearsal:
         with ExitStack() as stack:
             lock = stack.enter_context(ports.reserve())
             self._first_port = lock.getsockname()[1]
-            # Short: Ray's sockets are below it, and a socket's path has at most 107 characters.
-            self.folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
+            self.folder = _short_folder()
             # The keeper holds the ports too: the processes of a rehearsal that was killed live a little longer.
             stack.callback(_end, _start_keeper(self.folder, lock.fileno()))
             self.environment = self._make_environment()
@@ -151,7 +151,17 @@ class Rehearsal:
                     self.environment["RAY_ADDRESS"] = f"{HOST}:{port}"
                     return
                 time.sleep(0.2)
-        raise UserError(f"Ray did not start; its output is in {self._log}")
+        last = self._log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise UserError(f"Ray did not start: {last or 'it said nothing'}")
+
+
+def _short_folder() -> Path:
+    """A new temporary folder, also where ``TMPDIR`` is long: Ray's sockets are below it."""
+    folder = Path(tempfile.mkdtemp(prefix="rehearsal-"))
+    if len(str(folder)) <= MOST_FOLDER:
+        return folder
+    folder.rmdir()
+    return Path(tempfile.mkdtemp(prefix="rehearsal-", dir="/tmp"))
 
 
 def _start_keeper(folder: Path, *holds: int) -> subprocess.Popen:

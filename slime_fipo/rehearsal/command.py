@@ -32,12 +32,14 @@ from ..check.preflight import check_command, merged
 from ..check.slime_parser import Installation as Checkouts
 from ..check.slime_parser import Verdict, ask
 from ..errors import UserError
+from . import ports
 from .cluster import MARK, SITE, Rehearsal, check_machine
-from .installation import Installation, find
+from .hook_imports import import_errors
+from .installation import REPOSITORY, Installation, find
 from .prompts import PromptLengths, prompt_lengths
 from .shrink import Shrunk, resume, shrink
 from .small_model import shrink_checkpoint
-from .verdict import Line, Seen, judge
+from .verdict import Line, Seen, hook_flags, judge
 from .watch import FOLDER
 
 MOST_OVER_LIMIT = 0.1  # share of prompts longer than the limit, which slime drops without a word
@@ -92,28 +94,34 @@ def main(
 def _rehearse(
     command: Command, tokens: list[str], installation: Installation, folder: Path, console: Console, time_limit_s: float
 ) -> list[Line]:
-    with _Status(console) as status, ThreadPoolExecutor(1) as pool:
+    environment = _job_environment(tokens)
+    paths = [Path(each) for each in environment.pop("PYTHONPATH", "").split(os.pathsep) if each]
+    with _Status(console) as status, ThreadPoolExecutor(2) as pool:
         # slime's parser takes 10 to 20 seconds in a process of its own.
         status("slime's parser reads the command; prompts are tokenized")
-        checkouts = Checkouts(
-            installation.slime, installation.megatron, stand_ins=SITE, environment={MARK: str(folder)}
-        )
+        # The stand-ins want to know a range of ports, of which nothing here opens one.
+        stand_ins = {MARK: str(folder), ports.VARIABLE: str(ports.RANGES.start)}
+        checkouts = Checkouts(installation.slime, installation.megatron, stand_ins=SITE, environment=stand_ins)
         asked = pool.submit(ask, command, checkouts)
+        roots = [SITE, REPOSITORY, installation.slime, installation.megatron, *paths]
+        python_path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
+        hooks = hook_flags(command)
+        imported = pool.submit(
+            import_errors, hooks, {**os.environ, **environment, **stand_ins, "PYTHONPATH": python_path}, folder
+        )
         findings, config = check_command(command)
-        lines = list(_prompts(command))
+        lines = _prompts(command, findings)
         lines = [*_settings(command, findings, asked), *lines]
+        lines += [Line(f"{hooks[path]} {path}", False, error) for path, error in imported.result().items()]
         if any(line.ok is False for line in lines):
             return [*lines, Line("training", False, "not begun; first fix what is wrong above")]
         status("a small model of the same family")
-        ranks = min(command.args.tensor_model_parallel_size, 2)
-        model = shrink_checkpoint(Path(command.args.hf_checkpoint), folder / "model", tp=ranks)
+        model = shrink_checkpoint(Path(command.args.hf_checkpoint), folder / "model")
         shrunk = shrink(command, model, folder)
         console.print(_changes_table(shrunk))
         if model.stand_in:
             lines.append(Line("model", None, model.stand_in))
         first = second = None
-        environment = _job_environment(tokens)
-        paths = [Path(each) for each in environment.pop("PYTHONPATH", "").split(os.pathsep) if each]
         with Rehearsal(
             installation.slime,
             installation.megatron,
@@ -137,15 +145,22 @@ def _settings(command: Command, findings: list[Finding], asked: Future[Verdict])
     """What ``slime-fipo check`` and slime's own parser say. Checkpoints are not read: a rehearsal makes its own."""
     of_checkpoints = {finding for rule in (checkpoints, reference_model) for finding in rule(command, None)}
     verdict = asked.result()
-    wrong = [f.message for f in merged(findings, verdict) if f.severity == "error" and f not in of_checkpoints]
+    # What slime's parser ignores is a warning of `check`, which may be of another version; a rehearsal asks this one.
+    of_slime = set(verdict.findings)
+    wrong = [
+        f.message
+        for f in merged(findings, verdict)
+        if (f.severity == "error" or f in of_slime) and f not in of_checkpoints
+    ]
     warnings = sum(f.severity == "warning" for f in merged(findings, verdict))
     text = verdict.summary + (f"; slime-fipo check has {warnings} warnings" if warnings else "")
     return [Line("command", False, message) for message in wrong] or [Line("command", verdict.judged or None, text)]
 
 
-def _prompts(command: Command) -> list[Line]:
+def _prompts(command: Command, findings: list[Finding]) -> list[Line]:
     args = command.args
-    if args.prompt_data is None or args.hf_checkpoint is None:
+    unreadable = any(f.severity == "error" and re.match("--(prompt-data|input-key) ", f.message) for f in findings)
+    if unreadable or args.prompt_data is None or args.hf_checkpoint is None:
         return []  # the rules say so
     try:
         lengths = prompt_lengths(args)
@@ -160,9 +175,11 @@ def _judge_lengths(lengths: PromptLengths, limit: int | None) -> tuple[bool, str
     text = f"{count} tokenized, the longest has {max(lengths.tokens)} tokens"
     if limit is None:
         return True, f"{text} (no --rollout-max-prompt-len)"
-    text += f" of --rollout-max-prompt-len {limit}"
     if over:
-        text += f"; slime leaves out {over} that are longer"
+        fix = "raise it" if over == len(lengths.tokens) else "raise it if you want them"
+        text += f", and --rollout-max-prompt-len is {limit}: slime leaves out {over} that are longer; {fix}"
+    else:
+        text += f" of --rollout-max-prompt-len {limit}"
     return over <= MOST_OVER_LIMIT * len(lengths.tokens), text
 
 

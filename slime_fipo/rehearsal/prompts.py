@@ -12,6 +12,7 @@ from typing import Any
 
 from ..check.file_rules import chosen_rows, sliced_path
 from ..errors import UserError
+from .tokenizer import load_tokenizer
 
 MOST_ROWS = 20_000
 BATCH = 1000
@@ -35,13 +36,8 @@ def prompt_lengths(args: argparse.Namespace) -> PromptLengths:
     Raises:
         UserError: they cannot be read or tokenized; names the flag.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(args.hf_checkpoint)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its file formats raise
-        raise UserError(f"--hf-checkpoint {folder}: its tokenizer cannot be loaded ({_one_line(error)})") from None
+    tokenizer = load_tokenizer(folder)
     if args.apply_chat_template and not tokenizer.chat_template:
         raise UserError(
             f"--apply-chat-template: the tokenizer in --hf-checkpoint {folder} has no chat template; add"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from .watch import record, reward_value
+from .watch import described, record, reward_value
 
 # Name -> how a response ends in a right answer. What a prompt has to contain to ask for it is below.
 FORMS = {
@@ -32,6 +32,7 @@ _ASKED = {
     "#### …": re.compile(r"####"),
     "<answer>…</answer>": re.compile(r"<answer>", re.IGNORECASE),
 }
+_NOT_AWAITED = re.compile(r"can't be (?:used in 'await'|awaited)")
 
 
 def plant_answers(rm_hub: ModuleType) -> None:
@@ -86,14 +87,33 @@ async def _tried(name: str, args, samples: list, together: bool, ask, **kwargs) 
             with _ending_right(flat, [form or None] * len(flat)):
                 rewards = await ask(args, copies, together, **kwargs)
         except Exception as problem:
-            error = f"{type(problem).__name__}: {problem}"
+            error = f"raised {described(problem)}"
+            if _NOT_AWAITED.search(str(problem)):
+                error = f"is not async, and slime awaits it ({problem}); write async def"
             if not form:
                 break
             continue
         reward = rewards[0][0] if isinstance(rewards[0], list) else rewards[0]
+        error = error or _unfit(args, name, reward)
         values[form] = reward_value(args, reward)
     record("reward", name=name, label=label, asked=asked, values=values, error=error, prompt=_text(first.prompt)[-300:])
     return chosen_form(asked, values)
+
+
+def _unfit(args, name: str, reward: Any) -> str | None:
+    """What is wrong with a reward's type; slime itself stops later, at a place that does not say it."""
+    if isinstance(reward, dict):
+        flag, key = "--reward-key", args.reward_key
+        if args.custom_rm_path and not name.endswith(f" {args.custom_rm_path}"):  # a benchmark's own
+            flag, key = "--eval-reward-key", args.eval_reward_key or args.reward_key
+        if key is None:
+            return f"returned a dictionary, and {flag} is missing; name one of its keys: {', '.join(map(str, reward))}"
+        if key not in reward:
+            return f"returned a dictionary without {flag} {key}; it has {', '.join(map(str, reward)) or 'no keys'}"
+        reward = reward[key]
+    if isinstance(reward, bool | int | float) or hasattr(reward, "__float__"):
+        return None
+    return f"returned {reward!r:.80}; return a number, or a dictionary and name its key with --reward-key"
 
 
 def chosen_form(asked: list[str], values: dict[str, float]) -> str | None:

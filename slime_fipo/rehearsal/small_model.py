@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ..errors import UserError
+from .tokenizer import load_tokenizer
 
 LAYERS, HIDDEN, FFN, GROUPS = 2, 64, 128, 2
 SEED = 0
 NORM_NOISE = 0.1  # norms' weights around 1: at exactly 1 a forgotten norm weight would not show
-MEGATRON_DIVISOR = 128  # --make-vocab-size-divisible-by's default
 
 DENSE = ("qwen2", "qwen3")
 # Families that cannot run without a GPU, for which a dense Qwen3 stands in: why, and the flags that are theirs alone.
@@ -51,9 +50,7 @@ class SmallModel:
 
     Attributes:
         folder: the Hugging Face checkpoint.
-        flags: Megatron flag -> its value for the small model. ``--kv-channels`` is among them where the source's
-            configuration has a head size of its own, ``--make-vocab-size-divisible-by`` where Megatron's default would
-            pad the vocabulary: the padding takes part in its softmax, and SGLang has none.
+        flags: Megatron flag -> its value for the small model.
         removed_flags: flags of the source's family that the small model does not have.
         rows: what was changed: (what, from, to), for a table.
         stand_in: why the small model is of another family than the source; None where it is the same.
@@ -76,13 +73,12 @@ class _Shape:
     head: int
 
 
-def shrink_checkpoint(source: Path, folder: Path, *, tp: int, dtype: torch.dtype = torch.bfloat16) -> SmallModel:
+def shrink_checkpoint(source: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> SmallModel:
     """Write a small model of ``source``'s family to ``folder``, replacing what is there.
 
     Args:
         source: ``--hf-checkpoint``; its ``config.json`` and tokenizer files are read.
         folder: gets the checkpoint, complete or not at all.
-        tp: tensor-parallel size of the rehearsal, 1 or 2.
         dtype: of the weights written.
 
     Raises:
@@ -104,10 +100,9 @@ def shrink_checkpoint(source: Path, folder: Path, *, tp: int, dtype: torch.dtype
     _write_weights(temporary, dtype)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    flags = _flags(after, text.vocab_size, tp, own_head_size=declared.get("head_dim") is not None)
     rows = [("family", family, f"{declared['model_type']}: {stand_in}")] if stand_in else []
-    rows += _rows(declared, before, after, flags, dtype)
-    return SmallModel(folder, flags, removed_flags, rows, stand_in)
+    rows += _rows(declared, before, after, dtype)
+    return SmallModel(folder, _flags(after), removed_flags, rows, stand_in)
 
 
 def _read_config(source: Path) -> tuple[dict, PretrainedConfig]:
@@ -185,9 +180,8 @@ def _small_config(declared: dict, shape: _Shape, dtype: torch.dtype) -> dict:
         "intermediate_size": shape.ffn,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.groups,
+        "head_dim": shape.head,  # where a configuration leaves it out, some families have a size of their own
     }
-    if small.get("head_dim") is not None:
-        small["head_dim"] = shape.head
     if small.get("layer_types"):
         small["layer_types"] = small["layer_types"][: shape.layers]
     if small.get("max_window_layers"):
@@ -203,13 +197,7 @@ def _copy_tokenizer(source: Path, folder: Path, vocabulary: int) -> None:
             shutil.copyfile(source / name, folder / name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as problem:  # transformers and tokenizers raise many kinds
-        raise UserError(
-            f"--hf-checkpoint {source}: its tokenizer cannot be read ({_first_line(problem)}); download its tokenizer"
-            " files again"
-        ) from None
+    tokenizer = load_tokenizer(folder, source)
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocabulary:
         raise UserError(
@@ -234,23 +222,19 @@ def _write_weights(folder: Path, dtype: torch.dtype) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _flags(shape: _Shape, vocabulary: int, tp: int, *, own_head_size: bool) -> dict[str, str]:
+def _flags(shape: _Shape) -> dict[str, str]:
     flags = {
         "--num-layers": shape.layers,
         "--hidden-size": shape.hidden,
         "--ffn-hidden-size": shape.ffn,
         "--num-attention-heads": shape.heads,
         "--num-query-groups": shape.groups,
+        "--kv-channels": shape.head,
     }
-    if own_head_size:
-        flags["--kv-channels"] = shape.head
-    divisor = math.gcd(vocabulary // tp, MEGATRON_DIVISOR) if vocabulary % tp == 0 else 1
-    if divisor != MEGATRON_DIVISOR:
-        flags["--make-vocab-size-divisible-by"] = divisor
     return {name: str(value) for name, value in flags.items()}
 
 
-def _rows(declared: dict, before: _Shape, after: _Shape, flags: dict[str, str], dtype: torch.dtype) -> list[tuple]:
+def _rows(declared: dict, before: _Shape, after: _Shape, dtype: torch.dtype) -> list[tuple]:
     sizes = {
         "layers": (before.layers, after.layers),
         "hidden size": (before.hidden, after.hidden),
@@ -264,7 +248,4 @@ def _rows(declared: dict, before: _Shape, after: _Shape, flags: dict[str, str], 
         method = str(declared["quantization_config"].get("quant_method", "yes"))
         rows.append(("quantization", method, "none"))
     rows.append(("weights", "the checkpoint's", f"random, {str(dtype).removeprefix('torch.')}"))
-    divisor = flags.get("--make-vocab-size-divisible-by")
-    if divisor:
-        rows.append(("vocabulary padded to a multiple of", f"{MEGATRON_DIVISOR} × TP", f"{divisor} × TP (no padding)"))
     return rows

@@ -58,7 +58,8 @@ class Seen:
             return ""
         for event in self.events:
             if event.get("error"):
-                return f"{event.get('path', event.get('name'))} raised {event['error']}"
+                raised = "raised " if event["kind"] == "hook" else ""
+                return f"{event.get('path', event.get('name'))} {raised}{event['error']}"
         if self.status is None:
             return f"it did not end in time; the log's end is in {self.log}"
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -118,13 +119,13 @@ def _rewards(seen: Seen) -> Iterator[Line]:
         yield Line("reward", None, "slime called none")
     for event in tried:
         ok, text = _reward(event)
-        yield Line("reward", ok, f"{event['name'].removeprefix('--custom-rm-path ')} {text}")
+        yield Line("reward", ok, f"{event['name']} {text}")
 
 
 def _reward(event: dict[str, Any]) -> tuple[bool | None, str]:
     label, values, asked = event["label"], event["values"], event["asked"]
     if event["error"]:
-        return False, f"raised {event['error']}"
+        return False, event["error"]
     if label is None:
         return None, "was not tried: the samples have no label (--label-key)"
     plain = values[""]
@@ -150,16 +151,24 @@ def _example(form: str, label: str) -> str:
 
 
 def _filter(path: str, seen: Seen) -> Line:
-    what = "dynamic sampling"
+    what, filter_ = "dynamic sampling", f"--dynamic-sampling-filter-path {path}"
     groups = [event for event in seen.events if event["kind"] == "filter" and event["path"] == path]
     if not groups:
-        return _unseen(seen, what, f"{path} never judged a group")
+        return _unseen(seen, what, f"{filter_} never judged a group")
+    if returned := [event["returned"] for event in groups if event["returned"]]:
+        taken = "True, so that every group is kept" if any(event["keep"] for event in groups) else "False"
+        return Line(
+            what,
+            False,
+            f"{filter_} returned {returned[0]}, which slime takes for {taken}; return"
+            " slime.rollout.filter_hub.base_types.DynamicFilterOutput(keep=…)",
+        )
     varied: Counter[bool] = Counter()
     equal: Counter[bool] = Counter()
     for event in groups:
         (varied if len(set(event["rewards"])) > 1 else equal)[event["keep"]] += 1
     text = (
-        f"{path} kept {varied[True]} of {varied.total()} groups with different rewards, dropped {equal[False]} of"
+        f"{filter_} kept {varied[True]} of {varied.total()} groups with different rewards, dropped {equal[False]} of"
         f" {equal.total()} with equal ones"
     )
     if varied.total() == 0:
@@ -196,13 +205,15 @@ def _engines(seen: Seen, config: FipoConfig | None, steps: int) -> Iterator[Line
 
 def _weights(seen: Seen, steps: int) -> Line:
     what = "FIPO's influence weights"
-    if steps < 2:
-        return Line(what, False, "one optimizer step per rollout: every weight is 1; lower --global-batch-size")
-    moved = _at(seen, "train/fipo/influence_deviation", steps, first=False)
+    if steps < 2:  # --fipo-allow-single-step: the old log-probs are of older weights, but for the first rollout
+        moved = _at(seen, "train/fipo/influence_deviation", steps, first=True)[1:]
+        ok, where = any(moved), "with one step per rollout"
+    else:
+        moved = _at(seen, "train/fipo/influence_deviation", steps, first=False)
+        ok, where = all(moved), "at second steps"
     if not moved:
         return _unseen(seen, what, "no second optimizer step was logged")
-    ok = min(moved) > 0
-    return Line(what, ok, f"mean |f − 1| {fmean(moved):.4f} at second steps" + ("" if ok else ": they did not move"))
+    return Line(what, ok, f"mean |f − 1| {fmean(moved):.4f} {where}" + ("" if ok else ": they did not move"))
 
 
 def _tracker(command: Command, seen: Seen) -> Line:
@@ -265,18 +276,20 @@ def _checkpoint(first: Seen, second: Seen | None, steps: int) -> Line:
 
 def hook_flags(command: Command) -> dict[str, str]:
     """Import path -> the flag that names it, for everything that slime loads by path."""
-    found: dict[str, str] = {}
+    given: dict[str, list[str]] = {}  # a flag that is given twice has its last values
     words = list(command.arguments)
     for i, word in enumerate(words):
         flag, _, value = word.partition("=")
         if not re.fullmatch(r"--[\w-]+-path", flag):
             continue
-        values = [value] if value else []
+        given[flag] = [value] if value else []
         for following in words[i + 1 :]:
-            if (values and value) or following.startswith("--"):
+            if value or following.startswith("--"):
                 break
-            values.append(following)
-        for path in values:
+            given[flag].append(following)
+    found: dict[str, str] = {}
+    for flag, paths in given.items():
+        for path in paths:
             if re.fullmatch(r"[A-Za-z_][\w.]*\.\w+", path) and not path.endswith((".yaml", ".yml", ".json", ".py")):
                 found[path] = flag
     for name, value in vars(command.args).items():  # those of --custom-config-path

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 FOLDER = "SLIME_FIPO_WATCH"
-MOST_DROPS = 48  # groups in a row that a filter may drop; with half of the answers right none drops that many
+MOST_DROPS = 24  # groups in a row that a filter may drop; with half of the answers right none drops that many
 
 
 def record(kind: str, **what: Any) -> None:
@@ -46,7 +46,7 @@ def count_hooks(misc: ModuleType) -> None:
         try:
             function = load(path)
         except Exception as error:
-            record("hook", path=path, error=_described(error))
+            record("hook", path=path, error=described(error))
             raise
         record("loaded", path=path)
         return function if isinstance(function, type) else _counted(path, function)
@@ -60,18 +60,26 @@ def _counted(path: str, function):
     def note(args: tuple, result):
         nonlocal drops
         record("hook", path=path)
-        if hasattr(result, "keep") and len(args) > 1:  # a dynamic sampling filter's answer
-            record("filter", path=path, keep=bool(result.keep), rewards=_rewards(*args[:2]))
-            drops = 0 if result.keep else drops + 1
+        if _is_filter(path, args):
+            keep = bool(getattr(result, "keep", result))  # slime takes what has no ``keep`` for the answer itself
+            returned = ""
+            if not hasattr(result, "keep") and not isinstance(result, bool):
+                returned = "nothing" if result is None else f"a {type(result).__name__}"
+            record("filter", path=path, keep=keep, rewards=_rewards(*args[:2]), returned=returned)
+            drops = 0 if keep else drops + 1
             if drops == MOST_DROPS:
-                raise RuntimeError(f"{path} dropped {drops} groups in a row, so that a rollout never fills up")
+                stuck = f"dropped {drops} groups in a row, so that a rollout never fills up"
+                record("stuck", path=path, error=stuck)
+                raise RuntimeError(f"{path} {stuck}")
         return result
 
     @functools.wraps(function)
     def counted(*args, **kwargs):
         with _errors_recorded(path):
             result = function(*args, **kwargs)
-        return _awaited(args, result) if inspect.isawaitable(result) else note(args, result)
+        if inspect.isawaitable(result) and not _is_filter(path, args):  # slime awaits no filter
+            return _awaited(args, result)
+        return note(args, result)
 
     async def _awaited(args, result):
         with _errors_recorded(path):
@@ -79,6 +87,10 @@ def _counted(path: str, function):
         return note(args, result)
 
     return counted
+
+
+def _is_filter(path: str, args: tuple) -> bool:
+    return len(args) > 1 and getattr(args[0], "dynamic_sampling_filter_path", None) == path
 
 
 class _errors_recorded:
@@ -90,10 +102,11 @@ class _errors_recorded:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, Exception):
-            record("hook", path=self.path, error=_described(error))
+            record("hook", path=self.path, error=described(error))
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
+    """An error in one line, with the place in the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
