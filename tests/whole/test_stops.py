@@ -97,7 +97,7 @@ def test_sigterm_in_a_rollout_saves_and_a_resumed_run_goes_on(loop):
     ("log", "moment"),
     [
         ("ray.log", "Ray runtime started"),
-        ("train.log", "Launch HttpServerEngineAdapter"),  # SGLang is starting
+        ("train.log", "Ports for engine 0"),  # SGLang is starting
         ("train.log", "step 1: {"),
     ],
     ids=["ray", "sglang", "training"],
