@@ -20,6 +20,8 @@ TIME_LIMIT_S = 120.0
 def import_errors(paths: Iterable[str], environment: Mapping[str, str], folder: Path) -> dict[str, str]:
     """Import path -> why slime will not be able to load it; those that can be loaded are left out.
 
+    All are left out where the process does not end well: slime, which loads them later, then says why.
+
     Args:
         environment: of the process that imports.
         folder: gets a file with what it says.
@@ -44,7 +46,7 @@ def _error(path: str) -> str | None:
         if error.name and module.partition(".")[0] == error.name.partition(".")[0]:
             return f"there is no module {error.name} here; add its folder to PYTHONPATH, or correct the path"
         return f"its module cannot be imported: {error}"
-    except Exception as error:  # a module raises whatever its author wrote
+    except (Exception, SystemExit) as error:  # a module raises whatever its author wrote
         return f"its module cannot be imported: {type(error).__name__}: {error}"
     return None if hasattr(found, name) else f"{found.__file__} has no {name}; correct the name"
 
