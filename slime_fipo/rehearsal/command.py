@@ -112,7 +112,7 @@ def _rehearse(
         findings, config = check_command(command)
         lines = _prompts(command, findings)
         lines = [*_settings(command, findings, asked), *lines]
-        lines += [Line(f"{hooks[path]} {path}", False, error) for path, error in imported.result().items()]
+        lines += [Line(hooks[path], False, f"{path}: {error}") for path, error in imported.result().items()]
         if any(line.ok is False for line in lines):
             return [*lines, Line("training", False, "not begun; first fix what is wrong above")]
         status("a small model of the same family")
@@ -120,7 +120,7 @@ def _rehearse(
         shrunk = shrink(command, model, folder)
         console.print(_changes_table(shrunk))
         if model.stand_in:
-            lines.append(Line("model", None, model.stand_in))
+            lines.append(Line("model", None, f"a dense Qwen3 in place of yours: {model.stand_in}"))
         first = second = None
         with Rehearsal(
             installation.slime,

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,6 @@ ASKS = (
     ' on its own line after "Answer:".'
 )
 PROMPTS, BENCHMARK = 64, 4
-WIDTH = 44  # of the verdict's first column
 
 
 @dataclass
@@ -94,7 +93,7 @@ class Rehearsed:
         """What and text of each line that says that something is wrong; of exit code 2 the one line there is."""
         if self.status == 2:
             return self.output.splitlines()[-1:]
-        return [f"{what}: {text}" for mark, what, text in self.lines if mark == "✗"]
+        return [f"{what} {text}" for mark, what, text in self.lines if mark == "✗"]
 
 
 def rehearse(python: str, slime: Path, megatron: Path, words: Sequence[str], root: Path) -> Rehearsed:
@@ -115,19 +114,8 @@ def rehearse(python: str, slime: Path, megatron: Path, words: Sequence[str], roo
     return Rehearsed(done.returncode, done.stdout, list(verdict(done.stdout)))
 
 
-def verdict(output: str):
-    """The lines of the verdict's table; a long first column goes on in the lines below."""
-    mark, what, text, folded = "", "", "", False
+def verdict(output: str) -> Iterator[tuple[str, str, str]]:
+    """The lines of the verdict's table."""
     for line in re.split(r"^verdict\s*$", output, flags=re.MULTILINE)[-1].splitlines():
-        if start := re.match(r"\s{2}([✓✗–])\s{2,}(\S.*?)(?:\s{2,}(.*))?$", line):
-            if mark:
-                yield mark, what, text
-            mark, what, text = start[1], start[2].strip(), (start[3] or "").strip()
-            folded = len(what) == WIDTH
-        elif mark and line.startswith("   ") and line.strip():
-            what += line.strip() if folded else f" {line.strip()}"  # in the middle of a word, or at a space
-            folded = len(line.strip()) == WIDTH
-        elif mark and line.strip():
-            break
-    if mark:
-        yield mark, what, text
+        if found := re.match(r"\s{2}([✓✗–])\s{2,}(\S.*?)\s{2,}(.*)$", line):
+            yield found[1], found[2], found[3].strip()
