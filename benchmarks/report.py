@@ -103,7 +103,7 @@ def in_browser(path: Path) -> tuple[tuple[float, float], tuple[float, float]]:
             wall = page.evaluate("Number(document.documentElement.dataset.ready)") / 1e3
             opened.append((wall, main_thread(session)))
         page.evaluate("go('whatif')")
-        page.wait_for_function("whatIf.apply !== undefined")
+        page.wait_for_function("() => whatIf.apply !== undefined")
         page.wait_for_timeout(500)
         before = main_thread(session)
         what_if = page.evaluate(WHAT_IF, WHAT_IFS)

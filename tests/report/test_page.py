@@ -175,7 +175,7 @@ def test_siblings_by_key(open_page, report_path):
             "i => state.response === i && document.activeElement.classList.contains('tokens')", arg=expected
         )
     page.keyboard.press("p")
-    page.wait_for_function("state.response === 2")
+    page.wait_for_function("() => state.response === 2")  # an expression would be eval, which the page forbids
     groups = page.evaluate("[0, 2].map((i) => report.responses[i].group)")
     assert groups[0] == groups[1]
 
