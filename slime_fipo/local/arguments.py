@@ -81,7 +81,7 @@ def _add_run_arguments(group) -> None:
         "--sampling-stream",
         type=number(int, 0, 2**31 - 1),
         default=0,
-        help="another number, other random draws in rollouts from the same --seed: what a run differs by through chance",
+        help="another number, other draws in rollouts from the same --seed: what differs then is chance",
     )
     group.add_argument(
         "--num-threads", type=number(int, 1, 1024), default=2, help="CPU threads; results depend on it bit by bit"
@@ -141,8 +141,8 @@ def _add_training_arguments(group) -> None:
     group.add_argument(
         "--weight-control",
         choices=tuple(CONTROLS),
-        help="a placebo in place of FIPO's weights: the same ones in random order within each response or over the step's"
-        " batch, or their mean",
+        help="a placebo in place of FIPO's weights: the same ones in random order within each response or over the"
+        " step's batch, or their mean",
     )
     group.add_argument("--advantage-estimator", choices=("grpo",), default="grpo", help="advantage estimator")
     group.add_argument("--global-batch-size", type=_COUNT, default=32, help="samples per optimizer step")
