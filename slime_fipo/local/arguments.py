@@ -18,8 +18,7 @@ from slime_fipo.algorithm import FipoConfig, add_fipo_arguments, fipo_config_fro
 
 from ..errors import OneLineParser, UserError
 from ..records.arguments import add_record_arguments, record_settings
-from .controls import CONTROLS
-from .objective import unit_weights
+from .controls import CONTROLS, unit_weights
 from .task import ALPHABET, DATA_DIRECTORY, SUMS
 
 SHIPPED = DATA_DIRECTORY / SUMS.name

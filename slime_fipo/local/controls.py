@@ -12,7 +12,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slime_fipo.algorithm import FipoWeights
+from slime_fipo.algorithm import FipoConfig, FipoWeights
+
+
+def unit_weights(dual_clip_c: float | None) -> FipoConfig:
+    """Settings at which every weight is 1, so that the loss is PPO's own and the metrics say what Future-KL was."""
+    return FipoConfig(
+        clip_ratio_low=0.0,
+        clip_ratio_high=0.0,
+        safety_thresh=None,
+        dual_clip_c=dual_clip_c,
+        max_dual_clipped_tokens=None,
+    )
 
 
 def _shuffle(weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,9 +10,11 @@ import argparse
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from slime_fipo.algorithm import FipoConfig, fipo_policy_loss, fipo_weights
+from slime_fipo.algorithm import fipo_policy_loss, fipo_weights
 
-from .controls import controlled_weights
+from .controls import controlled_weights, unit_weights
+
+from .controls import controlled_weights, unit_weights
 from .model import packed_logits
 from .random_streams import CONTROL, seeded_generator
 from .recording import Recorder
@@ -36,17 +38,6 @@ def reduce_tokens(values: torch.Tensor, loss_masks: list[torch.Tensor], per_toke
         for part, mask in zip(values.split(lengths), loss_masks, strict=True)
     ]
     return torch.stack(means).mean()
-
-
-def unit_weights(dual_clip_c: float | None) -> FipoConfig:
-    """Settings at which every weight is 1, so that the loss is PPO's own and the metrics say what Future-KL was."""
-    return FipoConfig(
-        clip_ratio_low=0.0,
-        clip_ratio_high=0.0,
-        safety_thresh=None,
-        dual_clip_c=dual_clip_c,
-        max_dual_clipped_tokens=None,
-    )
 
 
 def policy_objective(
