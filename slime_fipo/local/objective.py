@@ -13,8 +13,6 @@ from megatron.core.models.gpt import GPTModel
 from slime_fipo.algorithm import fipo_policy_loss, fipo_weights
 
 from .controls import controlled_weights, unit_weights
-
-from .controls import controlled_weights, unit_weights
 from .model import packed_logits
 from .random_streams import CONTROL, seeded_generator
 from .recording import Recorder
