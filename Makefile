@@ -17,7 +17,7 @@ WHOLE_VENV ?= .venv-whole
 SGLANG_VERSION ?= 0.5.15.post1
 WHOLE_STAMP := $(WHOLE_VENV)/.installed-loop-$(SGLANG_VERSION)
 
-.PHONY: help demo demo-slime compare rehearsal-env test test-slime test-whole test-cluster bench bench-gpu screenshots lint clean
+.PHONY: help demo demo-slime compare evidence rehearsal-env test test-slime test-whole test-cluster bench bench-gpu screenshots lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,8 +31,15 @@ demo-slime: $(WHOLE_STAMP) ## the demo's task through slime's own train.py, no G
 rehearsal-env: $(WHOLE_STAMP) ## an environment whose bin/slime-fipo can rehearse a launch command without a GPU (3.2 GB)
 	@echo "$(abspath $(WHOLE_VENV))/bin/slime-fipo rehearse --slime-root … --megatron-root … -- <train command>"
 
-compare: $(VENV)/.installed-local ## DAPO against FIPO, several seeds (about half an hour, CPU)
+compare: $(VENV)/.installed-local ## a paired study: DAPO, FIPO and its placebos, 12 seeds (hours, CPU; continues if interrupted)
 	$(BIN)/slime-fipo compare $(ARGS)
+
+# One --save: the ablations share base models and the runs of FIPO 7b with the first six seeds.
+EVIDENCE := $(BIN)/slime-fipo compare --save runs/evidence $(ARGS)
+evidence: $(VENV)/.installed-local ## every number of docs/evidence/: the study and the ablations (hours, CPU; continues)
+	$(EVIDENCE) --results docs/evidence/dapo
+	$(EVIDENCE) --results docs/evidence/fipo-7b --baseline "FIPO 7b"
+	$(EVIDENCE) --results docs/evidence/ablations --arms ablations --seeds 6
 
 test: $(VENV)/.installed-dev ## all tests that need neither a cluster nor a GPU
 	$(BIN)/python -m pytest -m "not cluster" $(ARGS)

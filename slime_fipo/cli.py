@@ -70,8 +70,8 @@ def local(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASS_THROUGH, add_help_option=False)
 def compare(context: typer.Context) -> None:
-    """DAPO against FIPO on this machine, several seeds with equal budgets (--help: every flag)."""
-    _run_embedded("compare", "compare", context.args)
+    """A paired study on this machine: DAPO against FIPO and its placebos, seed by seed (--help: every flag)."""
+    _run_embedded("compare", "study.command", context.args)
 
 
 @app.command(

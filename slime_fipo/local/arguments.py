@@ -18,6 +18,7 @@ from slime_fipo.algorithm import FipoConfig, add_fipo_arguments, fipo_config_fro
 
 from ..errors import OneLineParser, UserError
 from ..records.arguments import add_record_arguments, record_settings
+from .controls import CONTROLS, unit_weights
 from .task import ALPHABET, DATA_DIRECTORY, SUMS
 
 SHIPPED = DATA_DIRECTORY / SUMS.name
@@ -76,6 +77,12 @@ def _add_run_arguments(group) -> None:
     group.add_argument("--save-interval", type=_INTERVAL, default=1, help="rollouts between checkpoints")
     group.add_argument("--seed", type=_SEED, default=1234, help="seed of initial weights, base training and sampling")
     group.add_argument(
+        "--sampling-stream",
+        type=number(int, 0, 2**31 - 1),
+        default=0,
+        help="another number, other draws in rollouts from the same --seed: what differs then is chance",
+    )
+    group.add_argument(
         "--num-threads", type=number(int, 1, 1024), default=2, help="CPU threads; results depend on it bit by bit"
     )
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model lives")
@@ -130,6 +137,12 @@ def _add_rollout_arguments(group) -> None:
 
 def _add_training_arguments(group) -> None:
     group.add_argument("--loss-type", choices=("policy_loss", "fipo_loss"), default="fipo_loss", help="the objective")
+    group.add_argument(
+        "--weight-control",
+        choices=tuple(CONTROLS),
+        help="a placebo in place of FIPO's weights: the same ones in random order within each response or over the"
+        " step's batch, or their mean",
+    )
     group.add_argument("--advantage-estimator", choices=("grpo",), default="grpo", help="advantage estimator")
     group.add_argument("--global-batch-size", type=_COUNT, default=32, help="samples per optimizer step")
     group.add_argument(
@@ -258,6 +271,8 @@ def _check_values(args: argparse.Namespace) -> None:
         raise UserError(f"--eval-prompt-data {name!r}: not a name for metrics; choose another, such as heldout")
     if args.record is not None and _lies_in(args.record.folder, Path(args.save, "checkpoints")):
         raise UserError(f"--fipo-record {args.record.folder} is inside the run's checkpoints; choose another folder")
+    if args.record is not None and args.weight_control is not None:
+        raise UserError("--fipo-record records FIPO's own weights, not those of --weight-control; drop one of them")
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
@@ -286,17 +301,12 @@ def _objective_settings(args: argparse.Namespace) -> FipoConfig:
     if args.loss_type == "policy_loss":
         if given:
             raise UserError(f"{flag_of(given[0])} has no effect with --loss-type policy_loss; drop it or use fipo_loss")
+        if args.weight_control is not None:
+            raise UserError("--weight-control has no effect with --loss-type policy_loss; drop it or use fipo_loss")
         if args.eps_clip_c is not None and not 1 + args.eps_clip_high < args.eps_clip_c < math.inf:
             bound = 1 + args.eps_clip_high
             raise UserError(f"--eps-clip-c is {args.eps_clip_c:g}; it must be above 1 + --eps-clip-high = {bound:g}")
-        # FIPO with every weight at 1 is the PPO loss itself, and shows what Future-KL would have been.
-        return FipoConfig(
-            clip_ratio_low=0.0,
-            clip_ratio_high=0.0,
-            safety_thresh=None,
-            dual_clip_c=args.eps_clip_c,
-            max_dual_clipped_tokens=None,
-        )
+        return unit_weights(args.eps_clip_c)
     if args.eps_clip_c is not None:
         raise UserError("--eps-clip-c belongs to --loss-type policy_loss; use --fipo-dual-clip-c with fipo_loss")
     if args.global_batch_size == args.rollout_batch_size * args.n_samples_per_prompt:

@@ -33,13 +33,13 @@ from .checkpoint import (
 from .data import Alphabet, PromptSource, read_jsonl
 from .model import build_model, initialize_megatron
 from .progress import Progress
+from .random_streams import EVAL, ROLLOUT, seeded_generator
 from .recording import Recorder
-from .rollout import Sample, collect_rollout, sample_responses, seeded_generator
+from .rollout import Sample, collect_rollout, sample_responses
 from .run_directory import RunDirectory
 from .train_data import make_rollout_batch
 from .training import demonstration_batch, demonstration_step, make_optimizer, train_on_rollout
 
-_ROLLOUT, _EVAL = 0, 1  # purposes of random draws
 DEMO_LOG_INTERVAL = 50  # base-training steps between rows of metrics
 DEMO_SAVE_INTERVAL = 100
 _ALLOCATOR = "DefaultCPUAllocator"  # torch's only sign of a CPU without memory is a RuntimeError with this in its text
@@ -141,7 +141,7 @@ class Engine:
         args = self.args
         for rollout in self.progress.track("rollouts", self.counters["rollouts"], args.num_rollout):
             started = time.monotonic()
-            generator = seeded_generator(self.device, args.seed, _ROLLOUT, rollout)
+            generator = seeded_generator(self.device, args.seed, ROLLOUT, rollout, args.sampling_stream)
             groups, metrics = collect_rollout(args, self.model, self.alphabet, self.prompt_source, generator)
             sampled = time.monotonic()
             if metrics["rollout/groups_filled_up"] < len(groups):
@@ -168,7 +168,7 @@ class Engine:
         args, started = self.args, time.monotonic()
         name, rollouts = args.eval_prompt_data[0], self.counters["rollouts"]
         # The same draws at every evaluation, so that two of them differ by the policy alone.
-        generator = seeded_generator(self.device, args.seed, _EVAL)
+        generator = seeded_generator(self.device, args.seed, EVAL)
         groups = sample_responses(
             args, self.model, self.alphabet, self.heldout, args.n_samples_per_eval_prompt, generator
         )

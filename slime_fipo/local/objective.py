@@ -10,9 +10,11 @@ import argparse
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from slime_fipo.algorithm import fipo_policy_loss
+from slime_fipo.algorithm import fipo_policy_loss, fipo_weights
 
+from .controls import controlled_weights, unit_weights
 from .model import packed_logits
+from .random_streams import CONTROL, seeded_generator
 from .recording import Recorder
 from .train_data import response_log_probs
 
@@ -42,7 +44,8 @@ def policy_objective(
     """FIPO's policy loss (``--loss-type policy_loss``: with every weight at 1), reduced as slime reduces it.
 
     Args:
-        args: ``fipo`` holds the effective settings; the clip range and the reduction are slime's flags.
+        args: ``fipo`` holds the effective settings, ``weight_control`` what takes the weights' place; the clip range
+            and the reduction are slime's flags.
         batch: one step's samples.
         logits: [1, sum of total lengths, vocabulary], packed.
         recorder: is shown the batch, the shift [T] and FIPO's weights, and leaves all three as they are.
@@ -54,16 +57,16 @@ def policy_objective(
     log_probs, entropy = response_log_probs(logits, batch, args.rollout_temperature)
     old_log_probs = torch.cat(batch["rollout_log_probs" if args.use_rollout_logprobs else "log_probs"])
     advantages, masks = torch.cat(batch["advantages"]), batch["loss_masks"]
-    per_token_loss, fipo = fipo_policy_loss(
-        log_probs,
-        old_log_probs,
-        advantages,
-        torch.cat(masks),
-        batch["response_lengths"],
-        args.fipo,
-        eps_clip=args.eps_clip,
-        eps_clip_high=args.eps_clip_high,
-    )
+    tokens = (log_probs, old_log_probs, advantages, torch.cat(masks), batch["response_lengths"])
+    clip = {"eps_clip": args.eps_clip, "eps_clip_high": args.eps_clip_high}
+    if args.weight_control is None:
+        per_token_loss, fipo = fipo_policy_loss(*tokens, args.fipo, **clip)
+    else:
+        per_token_loss, _ = fipo_policy_loss(*tokens, unit_weights(args.fipo.dual_clip_c), **clip)
+        place = (batch["rollout_id"][0], batch["rollout_position"][0])
+        generator = seeded_generator(log_probs.device, args.seed, CONTROL, *place, args.sampling_stream)
+        fipo = controlled_weights(args.weight_control, fipo_weights(*tokens, args.fipo), *tokens[3:], generator)
+        per_token_loss = per_token_loss * fipo.weights
     loss = reduce_tokens(per_token_loss, masks, args.calculate_per_token_loss)
 
     with torch.no_grad():

@@ -1,7 +1,6 @@
 """Sampling responses with Megatron-Core's KV cache, rewarding them, and DAPO's dynamic sampling.
 
-Every random draw is seeded by (seed, purpose, number), so a continued run samples what an undisturbed one would
-have. What a rollout becomes for the trainer is in ``train_data.py``.
+What a rollout becomes for the trainer is in ``train_data.py``.
 """
 
 from __future__ import annotations
@@ -18,12 +17,6 @@ from .data import END, Alphabet, PromptSource, Record
 from .model import diverged
 
 SAMPLING_BATCH = 256  # sequences decoded at once; bounds the KV cache
-
-
-def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
-    """A torch generator whose stream depends on the whole key."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1  # numpy 1 has no uint64 >> int
-    return torch.Generator(device).manual_seed(seed)
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 ``3+1+4+2=`` asks for the sum modulo the task's modulus. A response may reason, ``+1=4+4=3+2=0;0`` (each further term
 with the running sum, then the answer), or just guess, ``0``. The demonstrations mostly guess and sometimes reason, with
-a few slips, like the text that a base LLM has seen; an outcome reward must teach the policy to reason.
+a few slips, like the text that a base LLM has seen; an outcome reward must teach the policy to reason. In ``long_sums``
+most chains are given up before their end and the answer is guessed: there, carrying on pays, and responses grow.
 ``python -m slime_fipo.local.task`` writes the files anew, byte for byte. How files are read is in ``data.py``.
 """
 
@@ -28,6 +29,7 @@ class ModularSums:
     reason_probability: float  # share of demonstrations that write the running sums before the answer
     slip_probability: float  # per running sum; the mistake is carried on
     lucky_probability: float  # a guess is right by insight this often, otherwise uniform
+    give_up_probability: float = 0.0  # after each running sum: the rest is left out, the answer guessed
     train_prompts: int = 1024
     heldout_prompts: int = 128
     demonstrations: int = 8192
@@ -46,6 +48,9 @@ class ModularSums:
             return self.label(terms) if lucky else str(rng.randrange(self.modulus))
         running, steps = terms[0], []
         for term in terms[1:]:
+            if steps and self.give_up_probability and rng.random() < self.give_up_probability:
+                running = rng.randrange(self.modulus)
+                break
             running = (running + term) % self.modulus
             if rng.random() < self.slip_probability:
                 running = rng.randrange(self.modulus)
@@ -76,7 +81,17 @@ class ModularSums:
 SUMS = ModularSums(
     "sums", 5, 3, 6, reason_probability=0.4, slip_probability=0.02, lucky_probability=0.3, demonstrations=4096
 )
-LONG_SUMS = ModularSums("long_sums", 7, 4, 8, reason_probability=0.35, slip_probability=0.06, lucky_probability=0.2)
+LONG_SUMS = ModularSums(
+    "long_sums",
+    7,
+    6,
+    12,
+    reason_probability=0.5,
+    slip_probability=0.03,
+    lucky_probability=0.2,
+    give_up_probability=0.15,
+    demonstrations=8192,
+)
 
 
 def write_data(directory: Path = DATA_DIRECTORY) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slime_fipo.errors import UserError
 from slime_fipo.local.arguments import build_parser, given_arguments, parse_arguments
-from slime_fipo.local.rollout import seeded_generator
+from slime_fipo.local.random_streams import seeded_generator
 
 from .rig import CPU, MICRO, micro_flags
 

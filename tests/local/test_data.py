@@ -102,6 +102,10 @@ def test_shipped_task(task):
         assert int(row["label"]) == sum(terms) % task.modulus
     reasons = [";" in row["response"] for row in rows["demonstrations"]]
     assert abs(sum(reasons) / len(reasons) - task.reason_probability) < 0.03
+    chains = [(row["prompt"].count("+"), row["response"].count("=")) for row in rows["demonstrations"]]
+    whole = sum(steps == terms for terms, steps in chains) / sum(reasons)
+    carried = [(1 - task.give_up_probability) ** (terms - 1) for terms, steps in chains]
+    assert abs(whole - sum(carried) / len(carried)) < 0.03
     assert len({prompt.count("+") for prompt in prompts["heldout"]}) > 1
     text = "".join(
         row["prompt"] + row.get("label", "") + row.get("response", "") for part in rows.values() for row in part

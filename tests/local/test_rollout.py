@@ -5,7 +5,8 @@ import torch
 
 from slime_fipo.local.data import END, PromptSource, Record
 from slime_fipo.local.model import packed_logits
-from slime_fipo.local.rollout import collect_rollout, generate, reward, sample_responses, seeded_generator
+from slime_fipo.local.random_streams import seeded_generator
+from slime_fipo.local.rollout import collect_rollout, generate, reward, sample_responses
 from slime_fipo.local.train_data import group_advantages, make_rollout_batch, response_log_probs
 
 from .rig import CPU, tiny_args, tiny_model
