@@ -26,6 +26,7 @@ NUM_ROLLOUT = 3
 MOST_RANKS = 2  # of each kind of parallelism
 MOST_PROMPTS, MOST_SAMPLES, MOST_STEPS = 4, 4, 2
 RESPONSE_LEN = 24
+MAX_TOKENS = 256  # of a micro-batch: logits over a real vocabulary are most of what a rank takes
 DATA_ROWS, EVAL_ROWS = 512, 2
 LEARNING_RATE = 1e-3  # at a user's 1e-6 three rollouts would not move bfloat16 weights
 
@@ -233,7 +234,7 @@ def _batches(shrunk: Shrunk, args: argparse.Namespace) -> None:
     given = f"{samples_per_rollout(args)} samples in {steps_per_rollout(args)} steps"
     shrunk.changes.append(Change("a rollout", given, f"{prompts * samples} samples in {steps} steps"))
     shrunk.steps_per_rollout = steps
-    shrunk.set("--max-tokens-per-gpu", 512)
+    shrunk.set("--max-tokens-per-gpu", MAX_TOKENS)
 
 
 def _lengths(shrunk: Shrunk, args: argparse.Namespace) -> None:
